@@ -1,0 +1,40 @@
+# Everything works from a fresh clone with Python 3.11+, make and git.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# The first quickstart is called `quickstart`; later ones carry the time, because a run is never written over.
+NAME   ?= $(shell test -e runs/quickstart && date +quickstart-%Y%m%d-%H%M%S || echo quickstart)
+
+.PHONY: help install quickstart test lint bench schema clean
+
+help:        ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+install: $(STAMP)   ## make .venv with pinned dependencies
+
+quickstart: install  ## pretrain a small Llama on real text, in minutes
+	$(BIN)/orthogon run configs/quickstart.yaml --name=$(NAME)
+
+test: install        ## all fast tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+lint: install        ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install       ## side-by-side measurements
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop_overhead.py
+
+schema: install      ## write configs/schema.json and docs/config.md from the code
+	$(BIN)/python -m trainer.reference
+
+clean:               ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Places a run can go: one file each."""

@@ -1,0 +1,1 @@
+"""Orthogon's trainer: what runs on every rank."""

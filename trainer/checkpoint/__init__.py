@@ -1,0 +1,1 @@
+"""Checkpoints: immutable generations, verified before they are believed."""

@@ -1,0 +1,150 @@
+"""The manifest of a checkpoint, and what it takes to believe one. Imports no torch.
+
+A generation is a folder `step-00000200` whose `manifest.json` lists every file with size and SHA-256. It is written last,
+so that a folder without a right manifest is not a checkpoint. Verification fails closed: what is not listed, or listed
+and not there, is damage.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.files import digest, fsync_folder, read_json, sha256_file, write_json, write_text
+
+FORMAT = 1
+FILE = "manifest.json"
+
+
+class Damaged(Exception):
+    """A checkpoint is not what its manifest says."""
+
+    def __init__(self, file: str, expected: str, found: str) -> None:
+        super().__init__(file, expected, found)
+        self.file, self.expected, self.found = file, expected, found
+
+    def __str__(self) -> str:
+        return f"{self.file}: expected {self.expected}, found {self.found}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a checkpoint that is no tensor."""
+
+    step: int
+    position: int
+    """Sequences consumed so far: the one number that says where in the data the run is."""
+    world_size: int
+    files: dict[str, dict[str, Any]]
+    """Per file: size in bytes and sha256."""
+    tensors: dict[str, dict[str, Any]]
+    """Per tensor: global shape and dtype."""
+    config: dict[str, Any]
+    """The run's resolved configuration at the save."""
+    state: dict[str, Any]
+    """Optimizer groups, counters, skipped windows, identity of the data."""
+    versions: dict[str, str] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
+    saved_at: float = 0.0
+    format: int = FORMAT
+
+
+def name(step: int) -> str:
+    """The folder name of the generation of a step."""
+    return f"step-{step:08d}"
+
+
+def generations(checkpoints: Path) -> list[Path]:
+    """Finished generations, newest first; temporary and quarantined folders do not count."""
+    if not checkpoints.exists():
+        return []
+    return sorted((p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()), reverse=True)
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest with a digest of itself, durably."""
+    content = asdict(manifest)
+    write_json(folder / FILE, {"manifest": content, "sha256": digest(content)})
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a generation.
+
+    Raises:
+        Damaged: it is missing, unreadable, or does not match its own digest.
+    """
+    path = folder / FILE
+    try:
+        record = read_json(path)
+        content, expected = record["manifest"], record["sha256"]
+    except FileNotFoundError:
+        raise Damaged(FILE, "a manifest", "none") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(FILE, "a readable manifest", type(error).__name__) from None
+    found = digest(content)
+    if found != expected:
+        raise Damaged(FILE, f"sha256 {expected}", f"sha256 {found}")
+    if content.get("format") != FORMAT:
+        raise Damaged(FILE, f"format {FORMAT}", f"format {content.get('format')}")
+    return Manifest(**content)
+
+
+def check_names(folder: Path, manifest: Manifest) -> None:
+    """The folder holds the listed files and nothing else."""
+    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir() or p.is_symlink()} - {FILE}
+    for extra in sorted(there - manifest.files.keys()):
+        raise Damaged(extra, "no such file", "a file")
+    for missing in sorted(manifest.files.keys() - there):
+        raise Damaged(missing, "a file", "none")
+
+
+def check_file(folder: Path, manifest: Manifest, file: str) -> None:
+    """Size and SHA-256 of one file are as listed."""
+    expected = manifest.files[file]
+    try:
+        size = (folder / file).stat().st_size
+        if size != expected["size"]:
+            raise Damaged(file, f"{expected['size']} bytes", f"{size} bytes")
+        found = sha256_file(folder / file)
+    except OSError as error:
+        raise Damaged(file, "a readable file", str(error.strerror)) from None
+    if found != expected["sha256"]:
+        raise Damaged(file, f"sha256 {expected['sha256']}", f"sha256 {found}")
+
+
+def verify(folder: Path) -> Manifest:
+    """Read the manifest and check every file of the generation.
+
+    Raises:
+        Damaged: the first thing that is not as listed.
+    """
+    manifest = read(folder)
+    check_names(folder, manifest)
+    for file in manifest.files:
+        check_file(folder, manifest, file)
+    return manifest
+
+
+def quarantine(folder: Path, reason: str) -> Path:
+    """Move a bad generation to `quarantine/` beside it, with the reason, and return its new place."""
+    home = folder.parent / "quarantine"
+    home.mkdir(exist_ok=True)
+    target, number = home / folder.name, 1
+    while target.exists():
+        number += 1
+        target = home / f"{folder.name}-{number}"
+    folder.rename(target)
+    write_text(target / "reason.txt", reason + "\n")
+    fsync_folder(folder.parent)
+    return target
+
+
+def remove(folder: Path) -> None:
+    """Delete a generation; the manifest goes first, so that a half-deleted one is never taken for a checkpoint."""
+    (folder / FILE).unlink(missing_ok=True)
+    fsync_folder(folder)
+    shutil.rmtree(folder)
+    fsync_folder(folder.parent)

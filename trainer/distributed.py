@@ -1,0 +1,89 @@
+"""Process group, device, and decisions that all ranks take together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from trainer.config import ResourcesConfig
+from trainer.outcome import Outcome, RunError
+
+T = TypeVar("T")
+
+
+def start(resources: ResourcesConfig) -> torch.device:
+    """Join the process group that torchrun describes (or be alone) and return this rank's device."""
+    torch.set_num_threads(resources.threads_per_rank)
+    if resources.device == "cuda" and not torch.cuda.is_available():
+        raise RunError(
+            "resources.device is cuda and there is no CUDA device", where="resources.device", mend="use auto"
+        )
+    use_cuda = torch.cuda.is_available() and resources.device != "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    patience = timedelta(minutes=30)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=patience)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
+    return device
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world() -> int:
+    return dist.get_world_size()
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 while the others wait; all get its result, or raise its error."""
+    answer: list[tuple[T | None, RunError | None]] = [(None, None)]
+    if rank() == 0:
+        try:
+            answer = [(work(), None)]
+        except RunError as error:
+            answer = [(None, error)]
+        except OSError as error:
+            answer = [(None, RunError(str(error), mend="see the log of rank 0", outcome=Outcome.INFRASTRUCTURE))]
+    dist.broadcast_object_list(answer, src=0)
+    result, error = answer[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do `work` on every rank; if any of them fails with a sentence, all raise the first such sentence."""
+    result, mine = None, None
+    try:
+        result = work()
+    except RunError as error:
+        mine = error
+    errors: list[RunError | None] = [None] * world()
+    dist.all_gather_object(errors, mine)
+    for error in errors:
+        if error is not None:
+            raise error
+    return result  # type: ignore[return-value]
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Sums of a few float64 numbers over all ranks; a NaN on any rank is a NaN on all."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return list(tensor.tolist())

@@ -1,0 +1,40 @@
+"""What follows a finished run: its checkpoint verified, figure, export, a sample, and what to try next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer import runfolder
+from trainer.checkpoint import export as exports
+from trainer.checkpoint import manifest as manifests
+from trainer.evaluate.generate import generate
+from trainer.metrics.figure import loss_figure
+from trainer.metrics.history import read
+
+
+def finish(run: Path) -> None:
+    """Print and write everything that a finished run leaves behind."""
+    config = runfolder.open_run(run)
+    newest = manifests.generations(run / "checkpoints")[0]
+    manifest = manifests.verify(newest)
+    print(f"checkpoint  {newest}: {len(manifest.files)} files, {len(manifest.tensors)} tensors, every SHA-256 right")
+    figure = run / "figures" / "loss.png"
+    loss_figure(run / "metrics.jsonl", figure, config.name, _unigram(run))
+    print(f"figure      {figure}")
+    if config.finish.export:
+        folder, fresh = exports.newest_export(run)
+        print(f"export      {folder}: {'logits equal to the trainer' if fresh else 'made before'}")
+        for text in generate(folder, config.finish.prompts, tokens=96, temperature=0.8, top_p=0.95, seed=0):
+            print(f"sample\n{text}\n")
+    name = config.name if config.runs == "runs" else f"{config.name} --runs={config.runs}"
+    print("what to try next:")
+    print(f'  orthogon generate {name} --prompt "def main("')
+    print(f'  orthogon resume {name} --train.length="{2 * read(run / "metrics.jsonl")[-1]["step"]} steps"')
+    print(f"  orthogon checkpoint verify {name}")
+
+
+def _unigram(run: Path) -> float | None:
+    for event in runfolder.events(run):
+        if event["event"] == "data":
+            return float(event["unigram_bits_per_byte"])
+    return None

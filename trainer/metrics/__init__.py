@@ -1,0 +1,1 @@
+"""What a run tells: its history, a progress line, a figure."""

@@ -1,0 +1,45 @@
+"""`metrics.jsonl`, the truth about a run: one line per step, steps strictly increasing, cut at resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.files import write_text
+
+
+class History:
+    """Appends records; `None` as path (ranks other than 0) writes nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._file = open(path, "a", encoding="utf-8", buffering=1) if path else None
+
+    def write(self, **record: Any) -> None:
+        """Append one record."""
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a history; a torn last line (the writer was killed) is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def cut(path: Path, step: int) -> None:
+    """Drop the records after `step`: a resumed run writes them again."""
+    kept = [record for record in read(path) if record["step"] <= step]
+    if path.exists():
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

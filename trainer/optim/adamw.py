@@ -1,0 +1,52 @@
+"""AdamW (Loshchilov & Hutter, arXiv 1711.05101) by torch's fused kernel on local shards, with fp32 moments.
+
+As an optimizer of its own, and as the rule for what is never orthogonalized: embeddings, head, norms, biases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from trainer.registry import STRICT, lazy
+
+torch: Any = lazy("torch")
+adamw: Any = lazy("torch.optim.adamw")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """AdamW on every parameter."""
+
+    __pydantic_config__ = STRICT
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(ge=0)] = 1e-3
+    """Learning rate."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay per step, times the learning rate; matrices only, never norms, biases or embeddings."""
+
+
+def init_state(parameter: Any) -> dict[str, Any]:
+    """Two fp32 moments in the parameter's layout, and the step count (fp32: a bf16 count sticks at 256)."""
+    return {
+        "exp_avg": torch.zeros_like(parameter, dtype=torch.float32),
+        "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.float32),
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+    }
+
+
+def update(weights: list[Any], gradients: list[Any], state: dict[str, list[Any]], group: dict[str, Any]) -> None:
+    """One step on local shards; needs nothing from other ranks."""
+    adamw.adamw(
+        weights, gradients, state["exp_avg"], state["exp_avg_sq"], [], state["step"],
+        fused=True, amsgrad=False, maximize=False, lr=group["lr"], beta1=group["beta1"], beta2=group["beta2"],
+        eps=group["eps"], weight_decay=group["weight_decay"],
+    )  # fmt: skip

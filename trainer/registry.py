@@ -1,0 +1,43 @@
+"""A folder with alternatives is its registry: a file that defines `class Options` is one alternative.
+
+The alternative's name is its file's name. Such a file gets torch through `lazy`, so that configuration loads without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import ConfigDict
+
+# How every section of the configuration is checked: no unknown key, no guessing between types.
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=True)
+
+
+class _Lazy(ModuleType):
+    """A module that is imported when one of its names is first asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(importlib.import_module(self.__name__), name)
+        setattr(self, name, value)
+        return value
+
+
+def lazy(name: str) -> Any:
+    """The module `name`, imported at its first use (unlike importlib's LazyLoader it leaves sys.modules alone)."""
+    return _Lazy(name)
+
+
+@cache
+def alternatives(package: str) -> dict[str, ModuleType]:
+    """The modules of `package` that define `class Options`, by name."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, package
+    files = sorted(Path((spec.submodule_search_locations or [])[0]).glob("*.py"))
+    names = [file.stem for file in files if re.search(r"^class Options\b", file.read_text(encoding="utf-8"), re.M)]
+    return {name: importlib.import_module(f"{package}.{name}") for name in names}

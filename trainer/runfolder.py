@@ -1,0 +1,156 @@
+"""The folder of a run: what lies where, who makes it, and its attempts. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer import config as configuration
+from trainer.config import RunConfig
+from trainer.files import digest, write_json, write_text
+from trainer.outcome import Outcome, RunError
+
+
+def create(config: RunConfig, command: list[str]) -> Path:
+    """Make the folder of a new run with `config.yaml` and `run.json`.
+
+    Raises:
+        RunError: a run of this name exists, or the folder cannot be written.
+    """
+    folder = config.folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except FileExistsError:
+        raise RunError(
+            f"there is a run {config.name} already",
+            where=str(folder),
+            mend=f"go on with `orthogon resume {config.name}`, or choose another name with --name=...",
+        ) from None
+    except OSError as error:
+        raise RunError(
+            f"the run folder cannot be made: {error.strerror}",
+            where=str(folder),
+            mend="choose another with --runs=FOLDER",
+        ) from None
+    for name in ("logs", "checkpoints", "figures"):
+        (folder / name).mkdir()
+    write_config(folder, config)
+    record = {
+        "name": config.name,
+        "created": time.time(),
+        "config_digest": digest(configuration.resolved(config)),
+        "git_commit": _git_commit(),
+        "command": command,
+        "python": platform.python_version(),
+        "versions": versions(),
+        "lineage": {},
+    }
+    write_json(folder / "run.json", record)
+    return folder
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write the resolved configuration."""
+    text = yaml.safe_dump(configuration.resolved(config), sort_keys=False, allow_unicode=True)
+    write_text(folder / "config.yaml", text)
+
+
+def open_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration of an existing run, with overrides that a resume allows.
+
+    Raises:
+        RunError: there is no such run, or an override changes what the run is.
+    """
+    if not (folder / "config.yaml").exists():
+        siblings = sorted(p.name for p in folder.parent.glob("*") if (p / "config.yaml").exists())
+        raise RunError(
+            f"there is no run {folder.name}",
+            where=str(folder.parent),
+            mend=f"runs there: {', '.join(siblings)}" if siblings else "check the name, or give --runs=FOLDER",
+        )
+    plain = configuration.load(folder / "config.yaml")
+    config = configuration.load(folder / "config.yaml", overrides)
+    configuration.check_resume(configuration.resolved(plain), configuration.resolved(config))
+    return config
+
+
+def new_attempt(folder: Path) -> int:
+    """Make `logs/N/` for the next attempt and return N."""
+    numbers = [int(p.name) for p in (folder / "logs").iterdir() if p.name.isdigit()]
+    number = max(numbers, default=0) + 1
+    try:
+        (folder / "logs" / str(number)).mkdir()
+    except FileExistsError:
+        raise RunError(
+            f"another process starts an attempt of {folder.name}", where=str(folder), mend="wait for it"
+        ) from None
+    except OSError as error:
+        raise RunError(
+            f"the run folder cannot be written: {error.strerror}",
+            where=str(folder),
+            mend="make it writable",
+            outcome=Outcome.INFRASTRUCTURE,
+        ) from None
+    return number
+
+
+def record_event(folder: Path, kind: str, **facts: Any) -> None:
+    """Append to `events.jsonl`."""
+    with open(folder / "events.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.time(), "event": kind, **facts}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The events so far; a torn last line is left out."""
+    path = folder / "events.jsonl"
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    names = ("orthogon", "torch", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_commit() -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def command_line() -> list[str]:
+    """The command as it was typed."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
