@@ -170,5 +170,5 @@ def checkpoint(run: Run) -> None:
     run.saved_step, run.saved_at = run.step, time.monotonic()
     if distributed.rank() == 0:
         prune(run.checkpoints, run.config.checkpoint.keep)
-        runfolder.record_event(run.folder, "saved", step=run.step, position=run.position, folder=folder.name)
+        runfolder.record_event(run.folder, "saved", step=run.step, position=run.position, checkpoint=folder.name)
     run.progress.say(f"step {run.step}: saved {folder.name} in {time.monotonic() - began:.1f} s")

@@ -41,7 +41,9 @@ def _section(prefix: str, node: Any, schema: Any, lines: list[str]) -> None:
         path = f"{prefix}.{key}" if prefix and not prefix.endswith(")") else f"{prefix.split(' ')[0]}.{key}".lstrip(".")
         if "discriminator" in value:
             mapping = value["discriminator"]["mapping"]
-            lines.append(f"| `{path}.name` | | {value.get('description', '')} One of {', '.join(f'`{m}`' for m in mapping)}. |")
+            lines.append(
+                f"| `{path}.name` | | {value.get('description', '')} One of {', '.join(f'`{m}`' for m in mapping)}. |"
+            )
             inner += [(f"{path} (name: {name})", _resolve({"$ref": ref}, schema)) for name, ref in mapping.items()]
         elif "$ref" in value:
             inner.append((path, _resolve(value, schema)))

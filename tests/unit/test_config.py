@@ -117,7 +117,9 @@ def test_typo_exits_78_within_a_second_and_without_torch(tmp_path: Path) -> None
     path = write(tmp_path, MINIMAL.replace("tokens_per_step", "tokens_per_stp"))
     code = "import sys; sys.argv = ['orthogon', 'run', sys.argv[1]]\nfrom launch.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
     started = time.monotonic()
-    answer = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     seconds = time.monotonic() - started
     assert answer.returncode == 78
     assert "did you mean tokens_per_step?" in answer.stderr
@@ -148,7 +150,9 @@ def test_resolved_form_reads_back_equal(tmp_path: Path) -> None:
 
 def test_resume_may_change_cadence_but_not_the_model(tmp_path: Path) -> None:
     old = configuration.resolved(configuration.load(write(tmp_path)))
-    new = configuration.resolved(configuration.load(write(tmp_path), ["--train.length=20 steps", "--parallel.name=single"]))
+    new = configuration.resolved(
+        configuration.load(write(tmp_path), ["--train.length=20 steps", "--parallel.name=single"])
+    )
     assert configuration.check_resume(old, new)["train.length"] == ("10 steps", "20 steps")
     for override in ("--data.sequence_length=128", "--seed=1", "--optim.momentum=0.9", "--data.order_seed=1"):
         new = configuration.resolved(configuration.load(write(tmp_path), [override]))
@@ -173,7 +177,13 @@ def test_counts_read_back(number: int) -> None:
 
 
 def test_human_units() -> None:
-    assert [parse_count(t) for t in ("1B", "350M", "2e9", "1.5k", "4_096")] == [10**9, 350 * 10**6, 2 * 10**9, 1500, 4096]
+    assert [parse_count(t) for t in ("1B", "350M", "2e9", "1.5k", "4_096")] == [
+        10**9,
+        350 * 10**6,
+        2 * 10**9,
+        1500,
+        4096,
+    ]
     assert [parse_seconds(t) for t in ("11h30m", "30 min", "45 s", "1.5 h")] == [41400, 1800, 45, 5400]
     assert split_length("1B tokens") == (1e9, "tokens")
     assert split_length("1 epoch") == (1, "epochs")

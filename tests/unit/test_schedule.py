@@ -26,7 +26,7 @@ def test_factor_is_positive_bounded_and_falls_after_warmup(name, steps, warmup, 
     values = [factor(schedule, step, steps) for step in range(steps)]
     assert all(0 < value <= 1 for value in values)
     top = round(warmup * steps)
-    assert values[: top] == sorted(values[: top])
+    assert values[:top] == sorted(values[:top])
     assert values[top:] == sorted(values[top:], reverse=True)
 
 
@@ -47,7 +47,9 @@ def test_both_ends_exactly() -> None:
 
 
 def test_derived_values_follow_from_tokens_and_ranks() -> None:
-    config = configuration.load(ROOT / "configs/quickstart.yaml", ["--train.tokens_per_step=8192", "--data.sequence_length=256"])
+    config = configuration.load(
+        ROOT / "configs/quickstart.yaml", ["--train.tokens_per_step=8192", "--data.sequence_length=256"]
+    )
     for world, micro_steps, rows in ((1, 4, 8), (2, 2, 8), (3, 2, 6), (5, 1, 7)):
         derived = derive(config, world, 1000)
         assert (derived.sequences_per_step, derived.micro_steps, derived.rows) == (32, micro_steps, rows)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trainer.checkpoint.load import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import config as configuration
 from trainer.checkpoint import manifest as manifests
+from trainer.checkpoint.load import load
 from trainer.files import fsync_folder, read_json
 from trainer.model.build import architecture, build
 from trainer.model.init import initialize

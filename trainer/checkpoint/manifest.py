@@ -61,7 +61,9 @@ def generations(checkpoints: Path) -> list[Path]:
     """Finished generations, newest first; temporary and quarantined folders do not count."""
     if not checkpoints.exists():
         return []
-    return sorted((p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()), reverse=True)
+    return sorted(
+        (p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()), reverse=True
+    )
 
 
 def write(folder: Path, manifest: Manifest) -> None:
