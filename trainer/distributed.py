@@ -27,6 +27,8 @@ def start(resources: ResourcesConfig) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+    if dist.is_initialized():  # inside a program that has its own ranks
+        return device
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     patience = timedelta(minutes=30)
     if "WORLD_SIZE" in os.environ:

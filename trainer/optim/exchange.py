@@ -12,6 +12,10 @@ from trainer.optim.plan import shard_range
 from trainer.optim.requests import Whole
 
 
+# torch 2.13 renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the matrices of one request lie: global shapes per input, the sharded dimension, and the group of ranks."""
@@ -71,7 +75,7 @@ def _gather(
     send = shards[sharded[0]].new_zeros(max(sizes))
     send[: sizes[dist.get_rank(group)]] = torch.cat([shards[i].reshape(-1) for i in sharded])
     received = send.new_empty(world * send.numel())
-    dist.all_gather_into_tensor(received, send, group=group)
+    _all_gather(received, send, group=group)
     columns: list[list[Tensor]] = [[] for _ in sharded]
     for rank, buffer in enumerate(received.chunk(world)):
         counts = [torch.Size(shape).numel() for shape in pieces[rank]]

@@ -1,0 +1,86 @@
+"""Whole runs inside warm ranks. Imported by spawned processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.dist.bodies import fingerprint
+from trainer import config as configuration
+from trainer import loop, runfolder, setup
+from trainer.guard.signals import Flag
+from trainer.guard.verdict import agree
+from trainer.outcome import RunError
+
+UNSTABLE = ("seconds", "tokens_per_second")
+
+
+class StopAt(Flag):
+    """A signal that arrives on the last rank while step `at` is computed."""
+
+    def __init__(self, at: int | None) -> None:
+        self.at, self.run = at, None
+        super().__init__()
+
+    @property
+    def signal(self) -> str | None:  # type: ignore[override]
+        here = self.run is not None and self.at is not None and self.run.step + 1 == self.at
+        return "SIGTERM" if here and dist.get_rank() == dist.get_world_size() - 1 else None
+
+    @signal.setter
+    def signal(self, value: str | None) -> None:
+        pass
+
+
+def train(
+    path: str, overrides: list[str], stop_at: int | None = None, poison: int | None = None
+) -> dict[str, Any]:
+    """Create or resume the run of a YAML file, train it, and say how it ended. `poison`: NaN loss at that step, rank 0."""
+    config = configuration.load(Path(path), overrides)
+    if dist.get_rank() == 0:
+        if not config.folder.exists():
+            runfolder.create(config, ["test"])
+        attempt = runfolder.new_attempt(config.folder)
+    dist.barrier()
+    attempt = max(int(p.name) for p in (config.folder / "logs").iterdir())
+    flag = StopAt(stop_at)
+    try:
+        run = setup.set_up(config.folder, config, attempt, flag)
+    except RunError as error:
+        return {"error": str(error)}
+    flag.run = run
+    started = run.step
+    if poison is not None and dist.get_rank() == 0:
+        _poison(run, poison)
+    outcome, message = loop.train(run)
+    run.history.close()
+    history = (config.folder / "metrics.jsonl").read_text().splitlines()
+    records = [{k: v for k, v in json.loads(line).items() if k not in UNSTABLE} for line in history]
+    return {
+        "outcome": outcome.value,
+        "message": message,
+        "started": started,
+        "step": run.step,
+        "position": run.position,
+        "tensors": fingerprint(run.tensors()),
+        "history": records,
+        "skipped": run.skipped,
+        "loss": [r["loss"] for r in records if "loss" in r],
+    }
+
+
+def _poison(run: Any, step: int) -> None:
+    """Make this rank's gradient NaN at one step of this run."""
+    weight = next(p for p in run.parameters if p.to_local().numel())
+    true_agree = agree
+
+    def poisoned(parameters: list[Any], *arguments: Any, **options: Any) -> Any:
+        if parameters is run.parameters and run.step + 1 == step:
+            weight.grad.to_local().view(-1)[0] = torch.nan
+        return true_agree(parameters, *arguments, **options)
+
+    loop.agree = poisoned
