@@ -142,7 +142,7 @@ def dispatch(arguments: list[str]) -> int:
         guess = nearest(arguments[0], list(VERBS))
         mend = f"did you mean {guess}?" if guess else f"verbs: {', '.join(VERBS)}"
         raise RunError(f"there is no verb '{arguments[0]}'", where="command line", mend=mend)
-    verb, rest = tyro.cli(  # type: ignore[call-overload]
+    verb, rest = tyro.cli(
         Verb, prog="orthogon", description="Pretrain language models.", args=arguments, return_unknown_args=True,
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip

@@ -123,7 +123,7 @@ class Source:
                 result[key] = self._mapping(value_node, path)
             else:
                 constructor = _Loader("")
-                result[key] = constructor.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+                result[key] = constructor.construct_object(value_node, deep=True)
         return result
 
 

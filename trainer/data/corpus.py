@@ -15,7 +15,7 @@ from trainer.config import DataConfig
 from trainer.outcome import RunError
 
 EMBEDDED = "stdlib"
-_LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 class Document(NamedTuple):

@@ -11,7 +11,6 @@ from torch import Tensor
 from trainer.optim.plan import shard_range
 from trainer.optim.requests import Whole
 
-
 # torch 2.13 renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 

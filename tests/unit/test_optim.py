@@ -1,0 +1,150 @@
+"""Newton-Schulz and the rules against float64 references, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.optim import AdamW, NorMuon, ShardedOptimizer
+from trainer.optim.groups import classify
+from trainer.optim.polar import COEFFICIENTS, polar
+
+
+def reference_polar(x: torch.Tensor, name: str) -> torch.Tensor:
+    """U f(S) V^T by SVD, in float64."""
+    safety, table = COEFFICIENTS[name]
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / (safety * s.square().sum(-1, keepdim=True).sqrt())
+    for a, b, c in table:
+        s = a * s + b * s**3 + c * s**5
+    return u * s.unsqueeze(-2) @ v
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64), (96, 1000), (1, 33), (33, 1)])
+def test_polar_is_the_polynomial_of_the_singular_values(name, shape) -> None:
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    expected = reference_polar(x, name)
+    # A single vector has its one singular value where the first step of polar-express is steepest (slope 17).
+    exact = 5e-5 if 1 in shape else 2e-5
+    for dtype, bound in ((torch.float32, exact), (torch.bfloat16, 0.06)):
+        error = (polar(x, name, dtype).double() - expected).norm() / expected.norm()
+        assert error < bound
+
+
+def test_polar_is_scale_free_and_finite_at_the_edges() -> None:
+    x = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(1))
+    at_one = polar(x, dtype=torch.float32)
+    for scale in (1e-30, 1e-12, 1e12, 1e30):
+        assert (polar(x * scale, dtype=torch.float32) - at_one).abs().max() < 1e-5
+    assert (polar(torch.zeros(1, 5, 7), dtype=torch.float32) == 0).all()
+    low = torch.randn(1, 30, 2) @ torch.randn(1, 2, 30)
+    assert polar(low).isfinite().all()
+    assert torch.equal(polar(x[:1], dtype=torch.float32), at_one[:1])  # the batch does not matter to the bit
+    with pytest.raises(ValueError, match="batch"):
+        polar(torch.zeros(3, 3))
+
+
+def reference_normuon(w, gradients, lr, beta1, beta2, eps, scale, decay, nesterov):
+    m, v = torch.zeros_like(w), torch.zeros(w.shape[0], 1, dtype=w.dtype)
+    for g in gradients:
+        m = beta1 * m + (1 - beta1) * g
+        o = reference_polar((beta1 * m + (1 - beta1) * g if nesterov else m)[None], "polar-express")[0]
+        v = beta2 * v + (1 - beta2) * o.square().mean(1, keepdim=True)
+        h = o / (v.sqrt() + eps)
+        w = w - lr * decay * w - lr * scale * (w.numel() ** 0.5) / h.norm() * h
+    return w, m, v
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (16, 16)])
+def test_normuon_is_the_papers_algorithm(shape, nesterov) -> None:
+    generator = torch.Generator().manual_seed(2)
+    start = torch.randn(shape, generator=generator)
+    gradients = [torch.randn(shape, generator=generator) for _ in range(4)]
+    weight = nn.Parameter(start.clone())
+    optimizer = NorMuon([weight], lr=0.1, weight_decay=0.3, polar_dtype="fp32", nesterov=nesterov)
+    for gradient in gradients:
+        weight.grad = gradient
+        before = weight.detach().clone()
+        optimizer.step()
+        update = weight.detach() - (1 - 0.03) * before
+        assert update.square().mean().sqrt() == pytest.approx(0.2 * 0.1, rel=1e-4)  # T7: exact RMS
+    w, m, v = reference_normuon(
+        start.double(), [g.double() for g in gradients], 0.1, 0.95, 0.95, 1e-8, 0.2, 0.3, nesterov
+    )
+    assert (weight - w).abs().max() < 1e-5
+    assert (optimizer.state[weight]["momentum"] - m).abs().max() < 1e-6
+    assert (optimizer.state[weight]["row_square"] - v).abs().max() < 1e-6
+
+
+def test_zero_and_missing_gradients_are_the_same_and_finite() -> None:
+    weights = [nn.Parameter(torch.ones(6, 4)) for _ in range(2)]
+    for weight, gradient in zip(weights, (torch.zeros(6, 4), None), strict=True):
+        optimizer = NorMuon([weight], lr=0.1, weight_decay=0.5)
+        weight.grad = gradient
+        optimizer.step()
+    assert torch.equal(weights[0], weights[1])
+    assert torch.allclose(weights[0], torch.full((6, 4), 0.95))
+
+
+def test_adamw_is_torchs() -> None:
+    generator = torch.Generator().manual_seed(3)
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2))
+    mine = AdamW([ours], lr=0.01, weight_decay=0.1)
+    reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    for _ in range(5):
+        ours.grad = theirs.grad = torch.randn(3, 4, generator=generator)
+        mine.step()
+        reference.step()
+    assert torch.equal(ours, theirs)
+
+
+def test_state_round_trip_keeps_dtypes_and_continues_bit_equal() -> None:
+    def trained(steps: int, weight: nn.Parameter, optimizer: NorMuon, first: int = 0) -> None:
+        for step in range(first, first + steps):
+            weight.grad = torch.randn(8, 5, generator=torch.Generator().manual_seed(step)).to(weight.dtype)
+            optimizer.step()
+
+    a, b = (nn.Parameter(torch.ones(8, 5)) for _ in range(2))
+    one, two = NorMuon([("w", a)], lr=0.1), NorMuon([("w", b)], lr=0.5)
+    trained(3, a, one)
+    two.load_state_dict(one.state_dict())
+    assert two.param_groups[0]["lr"] == 0.1
+    b.data.copy_(a.data)
+    trained(2, a, one, 3), trained(2, b, two, 3)
+    assert torch.equal(a, b)
+    state = one.state_dict()
+    state["state"][0]["row_square"] = state["state"][0]["row_square"].bfloat16()
+    with pytest.raises(ValueError, match="bfloat16"):
+        two.load_state_dict(state)
+    with pytest.raises(ValueError, match="rules"):
+        AdamW([nn.Parameter(torch.ones(8, 5))]).load_state_dict(one.state_dict())
+
+
+def test_vectors_meta_and_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"bias .*takes matrices"):
+        NorMuon([("bias", nn.Parameter(torch.zeros(3)))])
+    with pytest.raises(ValueError, match="meta device"):
+        NorMuon([nn.Parameter(torch.zeros(3, 3, device="meta"))])
+    with pytest.raises(ValueError, match="no rule 'sgd'"):
+        ShardedOptimizer([{"rule": "sgd", "params": [nn.Parameter(torch.zeros(2, 2))]}])
+    with pytest.raises(ValueError, match="has no moment"):
+        ShardedOptimizer([{"rule": "normuon", "moment": 1, "params": [nn.Parameter(torch.zeros(2, 2))]}])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_routing_claims_each_parameter_once_and_never_orthogonalizes_ends(tied) -> None:
+    from trainer.config import ModelConfig
+    from trainer.model.build import architecture, build
+
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "tie_word_embeddings": tied}
+    model = build(architecture(ModelConfig(config=config), vocab_size=64, bos=0, eos=1, max_length=16))
+    matrices, embeddings, vectors = classify(model)
+    assert len(matrices) == 14
+    assert [name for name, _ in embeddings] == ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]
+    assert all("norm" in name for name, _ in vectors)
+    claimed = [p for part in (matrices, embeddings, vectors) for _, p in part]
+    assert len(claimed) == len(set(claimed)) == len(list(model.parameters()))
