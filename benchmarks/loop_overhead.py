@@ -1,0 +1,99 @@
+"""What our loop costs over a bare one: the same model, batch and optimizer, alternating in one process group.
+
+    OMP_NUM_THREADS=1 python benchmarks/loop_overhead.py [--steps 20] [--rounds 5]
+
+Starts itself at 1 and 2 ranks. A bare step is forward, backward, optimizer and nothing else: no verdict, no clipping,
+no history, no schedule. Prints medians with minimum and maximum, and the ratio of each pair of neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, default=None)
+    arguments = parser.parse_args()
+    if arguments.folder is not None:
+        measure(arguments.folder, arguments.steps, arguments.rounds)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for world in (1, 2):
+            command = [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__,
+                f"--folder={folder}/{world}", f"--steps={arguments.steps}", f"--rounds={arguments.rounds}",
+            ]  # fmt: skip
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, env=environment, cwd=ROOT)
+
+
+def measure(folder: Path, steps: int, rounds: int) -> None:
+    """One world size: rounds of (ours, bare), each of `steps` steps."""
+    from trainer import config as configuration
+    from trainer import distributed, loop, runfolder, setup
+    from trainer.guard.signals import Flag
+    from trainer.model.loss import summed_loss
+
+    overrides = [f"--runs={folder}", "--train.length=100000 steps", "--schedule.name=constant"]
+    config = configuration.load(ROOT / "configs" / "quickstart.yaml", overrides)
+    if int(os.environ["RANK"]) == 0:
+        runfolder.create(config, ["benchmark"])
+    while not (config.folder / "checkpoints").exists():
+        time.sleep(0.05)
+    run = setup.set_up(config.folder, config, 1, Flag())
+    run.progress.shown = False
+    expected = run.derived.sequences_per_step * config.data.sequence_length
+
+    def ours() -> None:
+        began = time.monotonic()
+        count = run.derived.sequences_per_step
+        rate = loop.set_learning_rate(run)
+        verdict = loop.forward_backward(run, count)
+        loop.clip_gradients(run, verdict)
+        run.optimizer.step()
+        for parameter in run.parameters:
+            parameter.grad = None
+        start, run.step, run.position = run.position, run.step + 1, run.position + count
+        loop.record(run, verdict, start, count, rate, time.monotonic() - began)
+
+    fixed = run.batches.at(0, run.derived.sequences_per_step)
+
+    def bare() -> None:
+        for inputs, targets in fixed:
+            (summed_loss(run.model, inputs, targets) / expected).backward()
+        run.optimizer.step()
+        for parameter in run.parameters:
+            parameter.grad = None
+
+    times: dict[str, list[float]] = {"ours": [], "bare": []}
+    for name, step in (("ours", ours), ("bare", bare)):
+        step()  # warm up
+    for _ in range(rounds):
+        for name, step in (("ours", ours), ("bare", bare)):
+            began = time.perf_counter()
+            for _ in range(steps):
+                step()
+            times[name].append((time.perf_counter() - began) / steps)
+    if distributed.rank() == 0:
+        ratios = [a / b for a, b in zip(times["ours"], times["bare"], strict=True)]
+        print(f"| ranks | step | median s | min | max |\n|---|---|---|---|---|")
+        for name, values in times.items():
+            print(f"| {distributed.world()} | {name} | {statistics.median(values):.4f} | {min(values):.4f} | {max(values):.4f} |")
+        print(f"| {distributed.world()} | ours / bare | {statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} |")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
