@@ -90,8 +90,12 @@ def measure(folder: Path, steps: int, rounds: int) -> None:
         ratios = [a / b for a, b in zip(times["ours"], times["bare"], strict=True)]
         print(f"| ranks | step | median s | min | max |\n|---|---|---|---|---|")
         for name, values in times.items():
-            print(f"| {distributed.world()} | {name} | {statistics.median(values):.4f} | {min(values):.4f} | {max(values):.4f} |")
-        print(f"| {distributed.world()} | ours / bare | {statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} |")
+            print(
+                f"| {distributed.world()} | {name} | {statistics.median(values):.4f} | {min(values):.4f} | {max(values):.4f} |"
+            )
+        print(
+            f"| {distributed.world()} | ours / bare | {statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} |"
+        )
     distributed.stop()
 
 

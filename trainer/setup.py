@@ -136,7 +136,7 @@ def open_data(config: RunConfig, folder: Path, progress: Progress) -> Any:
     """The token table, prepared by rank 0 if it has to be, verified, with its tokenizer copied into the run folder."""
 
     def prepared() -> Path:
-        path = Path(config.data.table) if config.data.table else data.prepare(config.data, progress.say)
+        path = data.prepare(config.data, progress.say)
         data.verify(path)
         if not (folder / "tokenizer").exists():
             shutil.copytree(path / "tokenizer", folder / "tokenizer")

@@ -29,18 +29,23 @@ class Batches:
     def ids(self, position: int, count: int) -> NDArray[np.int64]:
         """Ids of the sequences of a step, in the order of the stream; natural order without a seed."""
         if self.order_seed is None:
-            return np.arange(position, position + count, dtype=np.int64) % self.split.sequences
+            if position + count > self.split.sequences:
+                raise ValueError(f"sequence {position + count - 1} is beyond the split's {self.split.sequences}")
+            return np.arange(position, position + count, dtype=np.int64)
         return sequence_ids(position, count, self.split.sequences, self.order_seed)
 
     def at(self, position: int, count: int) -> list[tuple[Tensor, Tensor]]:
         """This rank's (inputs, targets), each (rows, L) int64, for every micro-step of a step of `count` sequences."""
+        room = self.world * self.rows * self.micro_steps
+        if count > room:
+            raise ValueError(f"{count} sequences do not fit the {room} rows of a step")
         ids = self.ids(position, count)
         places = np.concatenate(
             [np.arange(self.rows) + (j * self.world + self.rank) * self.rows for j in range(self.micro_steps)]
         )
         real = places < count
-        # A rank without a row of its own still needs the shape: it reads the step's first row and masks it.
-        tokens, _ = self.split.rows(ids[np.where(real, places, 0)])
+        # Row 0 of the split gives the masked rows their shape, also in a step without sequences.
+        tokens, _ = self.split.rows(np.concatenate([ids, [0]])[np.where(real, places, count)])
         tokens[~real] = 0
         inputs, targets = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
         targets[~torch.from_numpy(real)] = MASKED
@@ -49,5 +54,5 @@ class Batches:
     def bytes(self, position: int, count: int) -> int:
         """Bytes of text behind the targets of these sequences, over all ranks."""
         return sum(
-            int(self.split.rows(part)[1].sum()) for part in np.array_split(self.ids(position, count), -(-count // 4096))
+            int(self.split.rows(part)[1].sum()) for part in np.array_split(self.ids(position, count), count // 4096 + 1)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import platform
 import re
 import sysconfig
@@ -32,8 +33,10 @@ def documents(config: DataConfig, path: str | list[str]) -> Iterator[Document]:
         RunError: nothing there, no text in it, text that is not UTF-8, or a bad JSONL line (file and line are named).
     """
     found = False
-    for file in files(path):
-        for document in _read(config, file, embedded=path == EMBEDDED):
+    every = files(path)
+    root = os.path.commonpath([file.parent for file in every])
+    for file in every:
+        for document in _read(config, file, Path(os.path.relpath(file, root)).as_posix(), embedded=path == EMBEDDED):
             if document.text.strip():
                 found = True
                 yield document
@@ -58,7 +61,7 @@ def files(path: str | list[str]) -> list[Path]:
     for entry in [path] if isinstance(path, str) else path:
         here = Path(entry)
         if here.is_dir():
-            matches = [f for f in here.rglob("*") if f.is_file() and not f.name.startswith(".")]
+            matches = [f for f in here.rglob("*") if f.is_file() and not _hidden(f.relative_to(here))]
         elif here.is_file():
             matches = [here]
         else:
@@ -69,9 +72,14 @@ def files(path: str | list[str]) -> list[Path]:
     return sorted(every)
 
 
-def _read(config: DataConfig, file: Path, *, embedded: bool) -> Iterator[Document]:
+def _hidden(path: Path) -> bool:
+    """Hidden files and folders, such as `.git`, are no text that anyone meant."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _read(config: DataConfig, file: Path, name: str, *, embedded: bool) -> Iterator[Document]:
     if file.suffix == ".jsonl":
-        yield from _read_jsonl(config, file)
+        yield from _read_jsonl(config, file, name)
         return
     try:
         text = file.read_text(encoding="utf-8")
@@ -82,22 +90,26 @@ def _read(config: DataConfig, file: Path, *, embedded: bool) -> Iterator[Documen
     except OSError as error:
         raise RunError(f"{file} cannot be read: {error.strerror}", where=str(file), mend="check the file") from None
     if embedded or config.documents == "file":
-        yield Document(file.name, text)
+        yield Document(name, text)
         return
-    pieces = re.split(r"\n\s*\n", text) if config.documents == "paragraph" else text.splitlines()
+    pieces = re.split(r"\n\s*\n", text) if config.documents == "paragraph" else text.split("\n")
     for number, piece in enumerate(pieces):
-        yield Document(f"{file.name}#{number}", piece)
+        yield Document(f"{name}#{number}", piece)
 
 
-def _read_jsonl(config: DataConfig, file: Path) -> Iterator[Document]:
-    with open(file, "rb") as lines:
+def _read_jsonl(config: DataConfig, file: Path, name: str) -> Iterator[Document]:
+    try:
+        lines = open(file, "rb")
+    except OSError as error:
+        raise RunError(f"{file} cannot be read: {error.strerror}", where=str(file), mend="check the file") from None
+    with lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{file}:{number}"
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise RunError("no valid JSON", where=where, mend="correct the line") from None
             text = record.get(config.text_key) if isinstance(record, dict) else None
             if not isinstance(text, str):
@@ -107,4 +119,10 @@ def _read_jsonl(config: DataConfig, file: Path) -> Iterator[Document]:
                     where=where,
                     mend=f"set data.text_key (keys here: {keys})",
                 )
-            yield Document(f"{file.name}:{number}", text)
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise RunError(
+                    "the text has half a surrogate pair, which UTF-8 cannot hold", where=where, mend="correct the line"
+                ) from None
+            yield Document(f"{name}:{number}", text)

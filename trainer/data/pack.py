@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from numpy.typing import NDArray
 
 from trainer.files import fsync_file, sha256_file
 
-SLICE = 256  # documents per call of the tokenizer
+SLICE = 1 << 20  # characters per call of the tokenizer, about
+PIECE = 1 << 20  # characters of a longer document that are encoded at once, about
+# The end of a line between two characters that are no white space: no token of a byte-level BPE reaches across it.
+_SEAM = re.compile(r"\S\n(?=\S)")
 
 
 def encode(tokenizer: Any, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -19,16 +23,47 @@ def encode(tokenizer: Any, texts: list[str]) -> tuple[NDArray[np.int32], NDArray
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     tokens: list[NDArray[np.int32]] = [np.empty(0, np.int32)]
     sizes: list[NDArray[np.int32]] = [np.empty(0, np.int32)]
+    before = np.array([bos] if bos is not None else [], np.int32)
+    after = np.array([eos] if eos is not None else [], np.int32)
     backend = tokenizer.backend_tokenizer
-    for start in range(0, len(texts), SLICE):
-        part = texts[start : start + SLICE]
-        for text, encoding in zip(part, backend.encode_batch(part, add_special_tokens=False), strict=True):
-            ids = encoding.ids
-            before, after = [bos] * (bos is not None), [eos] * (eos is not None)
-            tokens.append(np.array([*before, *ids, *after], np.int32))
-            border = np.zeros(1, np.int32)
-            sizes += [border[: len(before)], bytes_per_token(text, encoding.offsets), border[: len(after)]]
+    # What a tokenizer's file may ask for, and a corpus must not get: markers out of the text, cuts, padding.
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    for batch in _batches(texts):
+        encodings = backend.encode_batch([text for text, _, _ in batch], add_special_tokens=False)
+        for (text, first, last), encoding in zip(batch, encodings, strict=True):
+            borders = before if first else before[:0], after if last else after[:0]
+            tokens += [borders[0], np.array(encoding.ids, np.int32), borders[1]]
+            sizes += [np.zeros_like(borders[0]), bytes_per_token(text, encoding.offsets), np.zeros_like(borders[1])]
     return np.concatenate(tokens), np.concatenate(sizes)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A long document in pieces, so that the tokenizer's memory does not grow with it; cut where no token reaches across."""
+    start = 0
+    while len(text) - start > 2 * PIECE:
+        seam = _SEAM.search(text, start + PIECE, start + 2 * PIECE)
+        end = seam.end() if seam else start + 2 * PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _batches(texts: list[str]) -> Iterator[list[tuple[str, bool, bool]]]:
+    """The texts' pieces, (piece, first of its text, last of its text), about `SLICE` characters at a time."""
+    batch: list[tuple[str, bool, bool]] = []
+    size = 0
+    for text in texts:
+        start = 0
+        for piece in pieces(text):
+            batch.append((piece, start == 0, start + len(piece) == len(text)))
+            start, size = start + len(piece), size + len(piece)
+            if size >= SLICE:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def bytes_per_token(text: str, offsets: list[tuple[int, int]]) -> NDArray[np.int32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -18,11 +19,12 @@ from numpy.typing import NDArray
 from trainer.config import DataConfig
 from trainer.data.corpus import Document, documents, fingerprint
 from trainer.data.pack import encode, pack
-from trainer.data.tokenizer import load_tokenizer, tokenizer_digest, train_bpe
+from trainer.data.table import facts_of
+from trainer.data.tokenizer import given_digest, load_tokenizer, train_bpe
 from trainer.files import digest, fsync_file, fsync_folder, read_json, sha256_file, write_json
-from trainer.outcome import RunError
+from trainer.outcome import Outcome, RunError
 
-FORMAT = 1
+FORMAT = 2
 PART_BYTES = 32 << 20
 SPLITS = ("train", "validation")
 
@@ -35,6 +37,9 @@ def prepare(config: DataConfig, say: Callable[[str], None]) -> Path:
     Raises:
         RunError: no text, too little text for one sequence in a split, or an unusable tokenizer.
     """
+    if config.table is not None:
+        facts_of(Path(config.table))
+        return Path(config.table)
     key = table_key(config)
     folder = Path(config.folder) / f"{_stem(config.path)}-{key[:12]}"
     if (folder / "table.json").exists():
@@ -47,9 +52,23 @@ def prepare(config: DataConfig, say: Callable[[str], None]) -> Path:
             f"the data folder cannot be written: {error.strerror}", where=config.folder, mend="set data.folder"
         ) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that prepares {folder.name}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "table.json").exists():
-            _make(config, key, folder, say)
+            try:
+                _make(config, key, folder, say)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise RunError(
+                    "no space left for the token table",
+                    where=config.folder,
+                    mend="free some and start again: finished parts are kept",
+                    outcome=Outcome.NO_SPACE,
+                ) from None
     return folder
 
 
@@ -62,14 +81,8 @@ def table_key(config: DataConfig) -> str:
     sources = [fingerprint(config.path)]
     if config.validation_path is not None:
         sources.append(fingerprint(config.validation_path))
-    given = None if config.tokenizer.path is None else _given_digest(config.tokenizer.path)
+    given = None if config.tokenizer.path is None else given_digest(config.tokenizer.path)
     return digest({"format": FORMAT, "settings": settings, "sources": sources, "tokenizer": given})
-
-
-def _given_digest(path: str) -> str:
-    if not Path(path).is_dir():
-        raise RunError(f"there is no tokenizer folder {path}", where="data.tokenizer.path", mend="check the path")
-    return tokenizer_digest(Path(path))
 
 
 def _make(config: DataConfig, key: str, folder: Path, say: Callable[[str], None]) -> None:
@@ -78,7 +91,11 @@ def _make(config: DataConfig, key: str, folder: Path, say: Callable[[str], None]
     if not (work / "tokenizer").exists():
         _make_tokenizer(config, work, say)
     tokenizer = load_tokenizer(work / "tokenizer")
-    count = _make_parts(config, tokenizer, work, say)
+    count, left_out = _make_parts(config, tokenizer, work, say)
+    if left_out:
+        say(f"left out of training: {left_out:,} documents that are also in the validation text")
+    if table_key(config) != key:
+        raise RunError("the corpus changed while it was prepared", where="data.path", mend="start again")
     parts = [work / f"part-{index:05d}.npz" for index in range(count)]
     width = config.sequence_length + 1
     splits: dict[str, dict[str, Any]] = {}
@@ -92,6 +109,12 @@ def _make(config: DataConfig, key: str, folder: Path, say: Callable[[str], None]
                 mend="give more text, a smaller data.sequence_length, or another data.validation_fraction"
                 + ("" if config.documents != "file" else ", or data.documents: paragraph"),
             )
+        if facts["max_token"] >= len(tokenizer):
+            raise RunError(
+                f"the tokenizer gives token {facts['max_token']}, beyond its vocabulary of {len(tokenizer)}",
+                where="data.tokenizer.path",
+                mend="give a tokenizer whose ids have no holes",
+            )
         splits[split] = facts
     counts = splits["validation"].pop("histogram")
     splits["train"].pop("histogram")
@@ -104,18 +127,19 @@ def _make(config: DataConfig, key: str, folder: Path, say: Callable[[str], None]
         "path": config.path,
         "python": platform.python_version(),
         "corpus_digest": corpus,
-        "tokenizer_digest": tokenizer_digest(work / "tokenizer"),
+        "tokenizer_digest": given_digest(config.tokenizer.path or str(work / "tokenizer")),
         "vocab_size": len(tokenizer),
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "sequence_length": config.sequence_length,
         "splits": splits,
+        "left_out_of_training": left_out,
         "unigram_bits_per_byte": unigram_bits(counts) / max(splits["validation"]["bytes"], 1),
     }
+    write_json(work / "table.json", facts)
     for part in parts:
         part.unlink()
         part.with_suffix(".json").unlink()
-    write_json(work / "table.json", facts)
     fsync_folder(work)
     os.rename(work, folder)
     fsync_folder(folder.parent)
@@ -141,11 +165,17 @@ def _make_tokenizer(config: DataConfig, work: Path, say: Callable[[str], None]) 
         texts = (document.text for split, document in _split(config) if split == "train")
         train_bpe(texts, config.tokenizer.vocab_size, partial)
         say(f"trained a byte-level BPE of {config.tokenizer.vocab_size:,} tokens")
+    for file in partial.iterdir():
+        fsync_file(file)
     os.rename(partial, work / "tokenizer")
+    fsync_folder(work)
 
 
 def _split(config: DataConfig) -> Iterator[tuple[str, Document]]:
-    """Every document with its split. Equal texts fall on the same side, so that the splits are disjoint."""
+    """Every document with its split: train, validation, or "" for one left out of training.
+
+    Equal texts fall on the same side, so that the splits are disjoint.
+    """
     assert config.path is not None
     if config.validation_path is None:
         for document in documents(config, config.path):
@@ -157,13 +187,15 @@ def _split(config: DataConfig) -> Iterator[tuple[str, Document]]:
         held_back.add(hashlib.sha256(document.text.encode()).digest())
         yield "validation", document
     for document in documents(config, config.path):
-        if hashlib.sha256(document.text.encode()).digest() not in held_back:
-            yield "train", document
+        yield ("" if hashlib.sha256(document.text.encode()).digest() in held_back else "train"), document
 
 
-def _make_parts(config: DataConfig, tokenizer: Any, work: Path, say: Callable[[str], None]) -> int:
-    """Tokenize the documents in parts; a part whose digest is right is not made again. Returns the number of parts."""
-    index, size = 0, 0
+def _make_parts(config: DataConfig, tokenizer: Any, work: Path, say: Callable[[str], None]) -> tuple[int, int]:
+    """Tokenize the documents in parts; a part whose digest is right is not made again.
+
+    Returns the number of parts, and of documents left out of training.
+    """
+    index, size, left_out = 0, 0, 0
     waiting: list[tuple[str, Document]] = []
 
     def flush() -> None:
@@ -173,13 +205,16 @@ def _make_parts(config: DataConfig, tokenizer: Any, work: Path, say: Callable[[s
         index, size = index + 1, 0
 
     for entry in _split(config):
+        if not entry[0]:
+            left_out += 1
+            continue
         waiting.append(entry)
         size += len(entry[1].text)
         if size >= PART_BYTES:
             flush()
     if waiting:
         flush()
-    return index
+    return index, left_out
 
 
 def _make_part(entries: list[tuple[str, Document]], tokenizer: Any, path: Path, say: Callable[[str], None]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config import DataConfig
-from trainer.data.tokenizer import tokenizer_digest
+from trainer.data.tokenizer import given_digest, tokenizer_digest
 from trainer.files import read_json, sha256_file
 from trainer.outcome import RunError
 
@@ -91,8 +91,9 @@ def open_table(folder: Path, config: DataConfig) -> Table:
             mend="set data.sequence_length, or prepare another table",
         )
     if config.tokenizer.path is not None:
-        wanted = tokenizer_digest(Path(config.tokenizer.path))
-        if wanted != facts["tokenizer_digest"]:
+        wanted = given_digest(config.tokenizer.path)
+        # The table's own copy counts too: it may have another form than the folder that was given.
+        if wanted != facts["tokenizer_digest"] and wanted != tokenizer_digest(folder / "tokenizer"):
             raise RunError(
                 f"the table was made with another tokenizer ({facts['tokenizer_digest'][:12]}) than "
                 f"{config.tokenizer.path} ({wanted[:12]})",
@@ -100,6 +101,14 @@ def open_table(folder: Path, config: DataConfig) -> Table:
                 mend="give the table's tokenizer, or prepare another table",
             )
     for name, split in facts["splits"].items():
+        path = folder / split["file"]
+        size = path.stat().st_size if path.exists() else None
+        if size != split["size"]:
+            raise RunError(
+                f"the token table is damaged: {split['file']} should have {split['size']} bytes and has {size}",
+                where=str(path),
+                mend="remove the folder and prepare it again",
+            )
         if split["max_token"] >= facts["vocab_size"]:
             raise RunError(
                 f"the {name} split holds token {split['max_token']}, beyond the vocabulary of {facts['vocab_size']}",

@@ -56,6 +56,17 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def given_digest(path: str) -> str:
+    """The digest of the tokenizer that a configuration names.
+
+    Raises:
+        RunError: there is no such folder.
+    """
+    if not Path(path).is_dir():
+        raise RunError(f"there is no tokenizer folder {path}", where="data.tokenizer.path", mend="check the path")
+    return tokenizer_digest(Path(path))
+
+
 def tokenizer_digest(folder: Path) -> str:
     """SHA-256 of `tokenizer.json`, or of all files where there is none."""
     main = folder / "tokenizer.json"
