@@ -78,8 +78,7 @@ def measure(folder: Path, steps: int, rounds: int) -> None:
             parameter.grad = None
 
     times: dict[str, list[float]] = {"ours": [], "bare": []}
-    for name, step in (("ours", ours), ("bare", bare)):
-        step()  # warm up
+    ours(), bare()  # warm up
     for _ in range(rounds):
         for name, step in (("ours", ours), ("bare", bare)):
             began = time.perf_counter()
@@ -88,7 +87,7 @@ def measure(folder: Path, steps: int, rounds: int) -> None:
             times[name].append((time.perf_counter() - began) / steps)
     if distributed.rank() == 0:
         ratios = [a / b for a, b in zip(times["ours"], times["bare"], strict=True)]
-        print(f"| ranks | step | median s | min | max |\n|---|---|---|---|---|")
+        print("| ranks | step | median s | min | max |\n|---|---|---|---|---|")
         for name, values in times.items():
             print(
                 f"| {distributed.world()} | {name} | {statistics.median(values):.4f} | {min(values):.4f} | {max(values):.4f} |"

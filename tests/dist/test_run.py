@@ -83,6 +83,28 @@ def test_k_steps_and_resume_are_bit_equal_to_the_calm_run(group, place, calm, st
     assert second["history"] == calm["history"]
 
 
+def test_keeping_weights_gathered_changes_nothing_but_memory(group, place, calm) -> None:
+    """Saved right after a validation, too: there the gathered weights must be gone."""
+    kept = resumed(group, place, "kept", [(2, 14), (2, None)], "--parallel.reshard_after_forward=false")
+    assert kept[-1]["outcome"] == "finished"
+    assert kept[-1]["tensors"] == calm["tensors"]
+    assert kept[-1]["history"] == calm["history"]
+
+
+def test_one_process_and_late_synchronization_agree(group, place, calm) -> None:
+    for name, world, override in (("s", 1, "--parallel.name=single"), ("late", 2, "--parallel.sync_every_micro_step=false")):
+        losses = resumed(group, place, name, [(world, 12)], override)[0]["loss"]
+        assert losses == pytest.approx(calm["loss"][:12], rel=1e-5)
+
+
+def test_bf16_trains_under_both_strategies(group, place, calm) -> None:
+    for name, world, strategy in (("b1", 1, "single"), ("b2", 2, "fsdp2")):
+        overrides = ("--train.precision=bf16", f"--parallel.name={strategy}")
+        losses = resumed(group, place, name, [(world, 20)], *overrides)[0]["loss"]
+        assert losses[-1] == pytest.approx(calm["loss"][19], abs=0.15)
+        assert losses != calm["loss"][:20]
+
+
 def test_another_order_seed_is_another_run(group, place, calm) -> None:
     """Negative control of the equality above."""
     other = resumed(group, place, "other", [(2, 3)], "--data.order_seed=1")[0]

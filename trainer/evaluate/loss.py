@@ -31,5 +31,6 @@ def validation_loss(run: Any) -> tuple[float, int, int]:
                 loss = summed_loss(run.model, inputs.to(run.device), targets.to(run.device))
             sums += torch.tensor([float(loss), token_count(targets)], dtype=torch.float64)
     run.model.train()
+    run.strategy.settle(run.model)
     loss_sum, tokens = distributed.sum_over_ranks(sums.tolist(), run.device)
     return loss_sum / max(tokens, 1.0), int(tokens), run.validation.bytes(0, total)

@@ -47,3 +47,14 @@ def synchronize_gradients(model: Any, options: Options, *, last: bool) -> None:
 def forward_context(precision: str, device: Any) -> Any:
     """FSDP2 casts the gathered weights by itself."""
     return nullcontext()
+
+
+def settle(model: Any) -> None:
+    """Free gathered weights after forwards without a backward.
+
+    With `reshard_after_forward: false` only the backward frees them; until then the model's parameters are the gathered
+    ones, and the next forward would not gather anew.
+    """
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()

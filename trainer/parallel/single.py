@@ -37,3 +37,7 @@ def synchronize_gradients(model: Any, options: Options, *, last: bool) -> None:
 def forward_context(precision: str, device: Any) -> Any:
     """Arithmetic in bf16 by autocast; weights stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def settle(model: Any) -> None:
+    """Nothing was gathered."""
