@@ -19,6 +19,8 @@ T = TypeVar("T")
 def start(resources: ResourcesConfig) -> torch.device:
     """Join the process group that torchrun describes (or be alone) and return this rank's device."""
     torch.set_num_threads(resources.threads_per_rank)
+    # Softmax tails and old moments sink below 1e-38; a CPU multiplies such numbers many times slower than zeros.
+    torch.set_flush_denormal(True)
     if resources.device == "cuda" and not torch.cuda.is_available():
         raise RunError(
             "resources.device is cuda and there is no CUDA device", where="resources.device", mend="use auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch.distributed as dist
@@ -63,8 +64,9 @@ def load(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], prefix: s
                 where=str(folder),
                 mend="resume with the configuration that the checkpoint was saved with",
             )
-    alone = not dist.is_initialized()
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads alone, as it means to
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
     if len(tensors) != len(saved):
         raise AssertionError(f"{len(tensors)} tensors restored, {len(saved)} saved")
     return len(tensors)
