@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer import config as configuration
+from trainer import reference
 from trainer.outcome import Outcome, RunError
 from trainer.units import parse_count, parse_seconds, split_interval, split_length
 
@@ -163,6 +164,7 @@ def test_resume_may_change_cadence_but_not_the_model(tmp_path: Path) -> None:
 def test_schema_file_is_current() -> None:
     written = json.loads((ROOT / "configs/schema.json").read_text())
     assert written == configuration.json_schema(), "run `make schema`"
+    assert (ROOT / "docs/config.md").read_text() == reference.markdown(), "run `make schema`"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
