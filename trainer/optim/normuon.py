@@ -51,7 +51,6 @@ class Options:
 def init_state(parameter: Any) -> dict[str, Any]:
     """Momentum in the parameter's layout, mean squares (..., m, 1) in the layout of its rows; both fp32."""
     momentum = torch.zeros_like(parameter, dtype=torch.float32)
-    # mean(-1, keepdim) of a DTensor keeps a shard of the rows and would leave Partial under Shard(1); zeros need no sum.
     rows = momentum[..., :1].clone() if not hasattr(momentum, "placements") else row_zeros(momentum)
     return {"momentum": momentum, "row_square": rows}
 

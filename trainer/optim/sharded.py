@@ -88,7 +88,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         try:
             request = next(work)
             while True:
-                request = work.send(answer(request, _layout(request, parameters, self.state)))
+                request = work.send(answer(request, _layout(request, parameters)))
         except StopIteration:
             pass
 
@@ -147,7 +147,7 @@ def _shard_dim(tensor: Tensor) -> int | None:
     return placement.dim if placement.is_shard() else None  # type: ignore[attr-defined]
 
 
-def _layout(request: Any, parameters: list[Tensor], state: Any) -> Layout:
+def _layout(request: Any, parameters: list[Tensor]) -> Layout:
     """The layout of a request's inputs: full matrices like the parameter, statistics (..., m, 1) like its rows."""
     shapes, dims = [], []
     for tensors in request.inputs:
