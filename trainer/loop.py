@@ -29,6 +29,7 @@ def train(run: Run) -> tuple[Outcome, str]:
         count = min(run.derived.sequences_per_step, run.derived.available - run.position)
         rate = set_learning_rate(run)
         verdict = forward_backward(run, count)
+        report_rejected(run, verdict.rejected)
         if verdict.finite:
             clip_gradients(run, verdict)
             run.optimizer.step()
@@ -94,6 +95,7 @@ def forward_backward(run: Run, count: int) -> Verdict:
         signal=run.flag.signal is not None,
         timeout=limit is not None and time.monotonic() - run.started > limit,
         save_due=save_is_due(run),
+        rejected=run.optimizer.take_rejected(),
         device=run.device,
     )  # fmt: skip
 
@@ -112,6 +114,14 @@ def skip(run: Run, verdict: Verdict, count: int) -> None:
     run.progress.say(f"step {run.step + 1} is skipped: loss {verdict.loss}, gradient norm {verdict.gradient_norm}")
     if distributed.rank() == 0:
         runfolder.record_event(run.folder, "skipped", step=run.step, position=run.position, count=count)
+
+
+def report_rejected(run: Run, count: int) -> None:
+    """Say how many matrices the last step left as they were; known with the next agreement, or at a save."""
+    if count:
+        run.progress.say(f"step {run.step}: {count} matrices had no sound update and were left as they were")
+        if distributed.rank() == 0:
+            runfolder.record_event(run.folder, "rejected", step=run.step, matrices=count)
 
 
 def save_is_due(run: Run) -> bool:
@@ -162,6 +172,7 @@ def checkpoint(run: Run) -> None:
     if run.saved_step == run.step:
         return
     began = time.monotonic()
+    report_rejected(run, int(distributed.sum_over_ranks([float(run.optimizer.take_rejected())], run.device)[0]))
     folder = save(
         run.checkpoints, run.step, run.position, run.tensors(),
         config=configuration.resolved(run.config), state=run.state(), lineage={"run": run.config.name},

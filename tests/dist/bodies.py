@@ -108,7 +108,7 @@ def loss_and_gradients(accumulation: int, sequences: int) -> tuple[float, float,
         loss_sum, count = loss_sum + float(loss), count + token_count(targets)
     parameters = list(model.parameters())
     verdict = agree(
-        parameters, loss_sum, count, expected, signal=False, timeout=False, save_due=False, device=torch.device("cpu")
+        parameters, loss_sum, count, expected, signal=False, timeout=False, save_due=False, rejected=0, device=torch.device("cpu")
     )
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return verdict.loss, verdict.gradient_norm, gradients
@@ -125,7 +125,7 @@ def verdicts() -> list[tuple[bool, str, bool]]:
     ):  # fmt: skip
         verdict = agree(
             [], loss if last else 1.0, 8, 8, signal=signal and last, timeout=timeout and last, save_due=save and last,
-            device=device,
+            rejected=0, device=device,
         )  # fmt: skip
         seen.append((verdict.finite, verdict.stop, verdict.save_due))
     return seen

@@ -28,6 +28,8 @@ class Verdict:
     stop: str
     """Why the run should save and end now; empty if it should go on."""
     save_due: bool
+    rejected: int
+    """Matrices whose update the optimizer rejected in the step before, over all ranks."""
 
     @property
     def finite(self) -> bool:
@@ -36,12 +38,12 @@ class Verdict:
 
 def agree(
     parameters: list[Any], loss_sum: float, tokens: int, expected: int, *, signal: bool, timeout: bool, save_due: bool,
-    device: torch.device,
+    rejected: int, device: torch.device,
 ) -> Verdict:  # fmt: skip
     """Reduce this rank's sums and flags. Gradients are of `loss_sum / expected`, and stay as they are."""
     square = float(local_square(parameters))
-    facts = [loss_sum, float(tokens), square, float(signal), float(timeout), float(save_due)]
-    total, count, square, signals, timeouts, saves = sum_over_ranks(facts, device)
+    facts = [loss_sum, float(tokens), square, float(signal), float(timeout), float(save_due), float(rejected)]
+    total, count, square, signals, timeouts, saves, refused = sum_over_ranks(facts, device)
     ratio = expected / max(count, 1.0)
     return Verdict(
         loss=total / max(count, 1.0),
@@ -50,6 +52,7 @@ def agree(
         ratio=ratio,
         stop="a signal came" if signals else "train.time_limit is reached" if timeouts else "",
         save_due=saves > 0,
+        rejected=int(refused),
     )
 
 

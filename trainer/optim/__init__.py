@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.optim.groups import build_optimizer as build_optimizer
     from trainer.optim.library import AdamW as AdamW
+    from trainer.optim.library import Muon as Muon
     from trainer.optim.library import NorMuon as NorMuon
     from trainer.optim.sharded import ShardedOptimizer as ShardedOptimizer
 
 _HOMES = {
     "AdamW": "trainer.optim.library",
+    "Muon": "trainer.optim.library",
     "NorMuon": "trainer.optim.library",
     "ShardedOptimizer": "trainer.optim.sharded",
     "build_optimizer": "trainer.optim.groups",

@@ -3,30 +3,88 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
+from trainer.optim.options import GROUPING
 from trainer.optim.sharded import ShardedOptimizer, orthogonalizes, rule_of
 from trainer.outcome import RunError
 
 
-def build_optimizer(model: nn.Module, options: Any) -> ShardedOptimizer:
+def build_optimizer(model: nn.Module, options: Any, *, spread_replicas: bool = False) -> ShardedOptimizer:
     """One optimizer over all parameters of `model`.
 
     Hidden matrices get the rule of `options`; embeddings, head, routers, norms, biases and scalars get AdamW. Weight
-    decay acts on matrices outside the embeddings only.
+    decay acts on matrices outside the embeddings only. GPT-2's Conv1D weights are (inputs, outputs) and are seen
+    transposed. Parameters with the same multipliers, blocks and orientation share a group.
+
+    Raises:
+        RunError: a pattern of `split` or `multipliers` that fits no parameter, or blocks that do not fit one.
     """
     matrices, embeddings, vectors = classify(model)
     rule = rule_of(options.name)
-    own = {key: value for key, value in asdict(options).items() if key not in ("name", "adamw")}
-    rest = {k: v for k, v in asdict(options.adamw).items() if k != "name"} if orthogonalizes(rule) else own
-    groups = [
-        {"label": "matrices", "rule": options.name, "params": matrices, **own},
-        {"label": "embeddings", "rule": "adamw", "params": embeddings, **rest, "weight_decay": 0.0},
-        {"label": "vectors", "rule": "adamw", "params": vectors, **rest, "weight_decay": 0.0},
-    ]
-    return ShardedOptimizer([group for group in groups if group["params"]])
+    own = {key: value for key, value in asdict(options).items() if key not in GROUPING}
+    rest = {k: v for k, v in asdict(options.adamw).items() if k not in GROUPING} if orthogonalizes(rule) else own
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+    split, multipliers = Patterns(options, "split"), Patterns(options, "multipliers")
+    groups: dict[Any, dict[str, Any]] = {}
+    for label, named in (("matrices", matrices), ("embeddings", embeddings), ("vectors", vectors)):
+        for name, parameter in named:
+            multiplier = multipliers.last(label, name)
+            group = dict(own if label == "matrices" else rest)
+            if label != "matrices":
+                group |= {"weight_decay": 0.0}
+            elif orthogonalizes(rule):
+                rows = parameter.shape[-1 if name in transposed else -2]
+                group |= {"transposed": name in transposed, "blocks": block_rows(name, rows, split.last(name))}
+            if multiplier is not None:
+                group["lr"] *= multiplier.lr
+                group["weight_decay"] *= multiplier.weight_decay
+            key = (label, multiplier, group.get("transposed"), tuple(group.get("blocks", ())))
+            entry = {"label": label, "rule": options.name if label == "matrices" else "adamw", "params": [], **group}
+            groups.setdefault(key, entry)["params"].append((name, parameter))
+    split.check()
+    multipliers.check()
+    return ShardedOptimizer(groups.values(), spread_replicas=spread_replicas)
+
+
+class Patterns:
+    """A table of name patterns of the options; knows which of them fitted."""
+
+    def __init__(self, options: Any, key: str) -> None:
+        self.key, self.table = key, getattr(options, key, {})
+        self.unused = set(self.table)
+
+    def last(self, *names: str) -> Any:
+        """The value of the last pattern that fits one of the names, None without one."""
+        found = None
+        for pattern, value in self.table.items():
+            if any(fnmatchcase(name, pattern) for name in names):
+                self.unused.discard(pattern)
+                found = value
+        return found
+
+    def check(self) -> None:
+        for pattern in sorted(self.unused):
+            raise RunError(
+                f"'{pattern}' fits no {'hidden matrix' if self.key == 'split' else 'parameter'}",
+                where=f"optim.{self.key}",
+                mend="give a pattern such as '*.qkv_proj.weight'; names are those of the model's parameters",
+            )
+
+
+def block_rows(name: str, rows: int, split: int | list[int] | None) -> list[int]:
+    """The rows of each block of a matrix; empty for one block."""
+    blocks = [rows // split] * split if isinstance(split, int) and split > 0 else split or []
+    if split is not None and (not isinstance(blocks, list) or sum(blocks) != rows or min(blocks) < 1):
+        raise RunError(
+            f"{name} has {rows} rows, which {split} does not divide into blocks",
+            where="optim.split",
+            mend="give a number that divides the rows, or the rows of each block",
+        )
+    return blocks if len(blocks) > 1 else []
 
 
 def classify(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
@@ -49,12 +107,6 @@ def classify(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str
                 embeddings.append((full, parameter))
             elif parameter.ndim < 2:
                 vectors.append((full, parameter))
-            elif type(module).__name__ == "Conv1D":
-                raise RunError(
-                    f"{full} is stored as (inputs, outputs); the matrix rules need (outputs, inputs)",
-                    where="model.config.model_type",
-                    mend="use an architecture with Linear layers, such as llama",
-                )
             else:
                 matrices.append((full, parameter))
     return matrices, embeddings, vectors

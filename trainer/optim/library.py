@@ -25,16 +25,34 @@ class AdamW(ShardedOptimizer):
         super().__init__(_groups(params, "adamw", options))
 
 
+class Muon(ShardedOptimizer):
+    """Muon on matrices; see `trainer.optim.muon` for the rule and its source, `ShardedOptimizer` for `engine`."""
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 2e-3, momentum: float = 0.95, nesterov: bool = False,
+        scale: str = "rms", weight_decay: float = 0.0, cautious: bool = False, polar: str = "polar-express",
+        polar_dtype: str = "auto", polar_form: str = "standard", polar_prescale: str = "frobenius", **engine: Any,
+    ) -> None:  # fmt: skip
+        options = {
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "scale": scale, "weight_decay": weight_decay,
+            "cautious": cautious, "polar": polar, "polar_dtype": polar_dtype, "polar_form": polar_form,
+            "polar_prescale": polar_prescale,
+        }  # fmt: skip
+        super().__init__(_groups(params, "muon", options), **engine)
+
+
 class NorMuon(ShardedOptimizer):
-    """NorMuon on matrices; see `trainer.optim.normuon` for the rule and its source."""
+    """NorMuon on matrices; see `trainer.optim.normuon` for the rule and its source, `ShardedOptimizer` for `engine`."""
 
     def __init__(
         self, params: Iterable[Any], lr: float = 2e-3, momentum: float = 0.95, beta2: float = 0.95,
-        nesterov: bool = False, eps: float = 1e-8, scale: float = 0.2, weight_decay: float = 0.0,
-        polar: str = "polar-express", polar_dtype: str = "auto",
+        nesterov: bool = False, eps: float = 1e-8, scale: str = "rms", weight_decay: float = 0.0,
+        cautious: bool = False, axis: str = "rows", restore: str = "exact", polar: str = "polar-express",
+        polar_dtype: str = "auto", polar_form: str = "standard", polar_prescale: str = "frobenius", **engine: Any,
     ) -> None:  # fmt: skip
         options = {
             "lr": lr, "momentum": momentum, "beta2": beta2, "nesterov": nesterov, "eps": eps, "scale": scale,
-            "weight_decay": weight_decay, "polar": polar, "polar_dtype": polar_dtype,
+            "weight_decay": weight_decay, "cautious": cautious, "axis": axis, "restore": restore, "polar": polar,
+            "polar_dtype": polar_dtype, "polar_form": polar_form, "polar_prescale": polar_prescale,
         }  # fmt: skip
-        super().__init__(_groups(params, "normuon", options))
+        super().__init__(_groups(params, "normuon", options), **engine)

@@ -6,62 +6,52 @@ the same to the bit on any number of ranks, and its norm is exact, never that of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trainer.optim.adamw import Options as AdamWOptions
-from trainer.optim.polar import polar
+from trainer.optim import matrix
+from trainer.optim.options import MatrixOptions
+from trainer.optim.polar import polar, precision, transport, unsound, wide
+from trainer.optim.polar import reference as reference_polar
 from trainer.optim.requests import Whole
-from trainer.registry import STRICT, lazy
+from trainer.registry import lazy
 
 torch: Any = lazy("torch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(MatrixOptions):
     """NorMuon on hidden matrices, AdamW on the rest."""
 
-    __pydantic_config__ = STRICT
     name: Literal["normuon"] = "normuon"
-    lr: Annotated[float, Field(ge=0)] = 2e-3
-    """Learning rate; every entry of an update has root mean square `scale * lr`."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the momentum (an exponential average of gradients)."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the rows' mean squares."""
-    nesterov: bool = False
-    """Orthogonalize the momentum one step ahead."""
+    """Decay of the mean squares."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of a row's mean square."""
-    scale: Annotated[float, Field(gt=0)] = 0.2
-    """Root mean square of an update at lr = 1 (0.2 matches AdamW)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled decay per step, times the learning rate."""
-    polar: Literal["polar-express", "quintic", "simple"] = "polar-express"
-    """Coefficients of the Newton-Schulz steps."""
-    polar_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the Newton-Schulz products; auto: fp16 on CUDA, bf16 on a CPU with bf16 matrix units, else fp32."""
-    adamw: AdamWOptions = AdamWOptions(lr=3e-3)
-    """The rule for embeddings, head, norms and biases."""
+    """Added to the root of a mean square."""
+    axis: Literal["rows", "longer"] = "rows"
+    """What is normalized: rows (outputs), or the longer of rows and columns."""
+    restore: Literal["exact", "norm"] = "exact"
+    """Norm of the update before scaling: that of an exact polar factor (the paper), or that of the computed one."""
 
 
-def init_state(parameter: Any) -> dict[str, Any]:
-    """Momentum in the parameter's layout, mean squares (..., m, 1) in the layout of its rows; both fp32."""
-    momentum = torch.zeros_like(parameter, dtype=torch.float32)
-    rows = momentum[..., :1].clone() if not hasattr(momentum, "placements") else row_zeros(momentum)
-    return {"momentum": momentum, "row_square": rows}
+def _kind(shape: tuple[int, ...], axis: str, blocks: list[int]) -> str:
+    kinds = {"rows" if axis == "rows" or rows >= shape[-1] else "columns" for rows in blocks or [shape[-2]]}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"axis 'longer' means rows for some blocks {blocks} of {tuple(shape)}, columns for others; use 'rows'"
+        )
+    return kinds.pop()
 
 
-def row_zeros(parameter: Any) -> Any:
-    """fp32 zeros (..., m, 1): sharded like the rows, replicated where the columns are sharded."""
-    tensor = lazy("torch.distributed.tensor")
-    last = parameter.ndim - 1
-    placements = [tensor.Replicate() if p.is_shard(last) else p for p in parameter.placements]
-    shape = (*parameter.shape[:-1], 1)
-    return tensor.zeros(shape, dtype=torch.float32, device_mesh=parameter.device_mesh, placements=placements)
+def init_state(parameter: Any, group: dict[str, Any]) -> dict[str, Any]:
+    """Momentum in the parameter's layout, mean squares in that of its rows (..., m, 1) or columns; fp32."""
+    kind = _kind(parameter.shape, group["axis"], group["blocks"])
+    statistics = matrix.zero_statistics(parameter, kind, max(len(group["blocks"]), 1))
+    return {"momentum": matrix.zeros_like(parameter), "mean_square": statistics}
 
 
 def update(
@@ -70,22 +60,45 @@ def update(
     """One step on local shards.
 
     M <- b1 M + (1-b1) G;  O = polar(M);  v <- b2 v + (1-b2) rowmean(O^2);  H = O / (sqrt(v) + eps)
-    W <- W - lr wd W - lr scale sqrt(m n) / ||H||_F H                          (Algorithm 1)
+    W <- W - lr wd W - lr scale(m, n) sqrt(min(m, n)) / ||H||_F H                         (Algorithm 1)
     """
-    momentum, row_square = state["momentum"], state["row_square"]
-    torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
-    ahead = torch._foreach_lerp(momentum, gradients, 1 - group["momentum"]) if group["nesterov"] else momentum
-    dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[group["polar_dtype"]]
+    ahead = matrix.advance(state["momentum"], gradients, group)
+    dtype = precision(group["polar_dtype"], weights[0].device)
 
-    def direction(u: Any, v: Any) -> tuple[Any, Any]:  # (N, m, n), (N, m, 1)
-        o = polar(u, group["polar"], dtype).float()
-        v = v.lerp(o.square().mean(-1, keepdim=True), 1 - group["beta2"])
-        h = o / (v.sqrt() + group["eps"])
-        norm = h.square().sum(dim=(-2, -1), keepdim=True).sqrt()
+    def direction(u: Any, v: Any) -> tuple[tuple[Any, Any], Any]:  # (N, m, n), (N, m, 1) or (N, 1, n)
+        o = polar(u, group["polar"], dtype, group["polar_form"], group["polar_prescale"])
+        along = -1 if kind == "rows" else -2
+        squares = torch.linalg.vector_norm(o, dim=along, dtype=wide(o), keepdim=True).square()
+        total = squares.sum(dim=(-2, -1), keepdim=True)  # ||O||^2
+        bad = unsound(total, u.shape)
+        v = torch.where(bad, v, v.lerp((squares / u.shape[along]).to(v.dtype), 1 - group["beta2"]))
+        inverse = 1 / (v.sqrt() + group["eps"])
+        norm = (
+            (squares * inverse.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+        )  # ||H||, without a second pass over O
+        target = total.sqrt() if group["restore"] == "norm" else math.sqrt(min(u.shape[-2:]))
         # A zero matrix stays zero: 0 / 0 would be the NaN of a layer that has not had a gradient yet.
-        return h * (group["scale"] * (u.shape[-2] * u.shape[-1]) ** 0.5 / norm.clamp_min(1e-8)), v
+        factor = target * matrix.scale(group["scale"], *u.shape[-2:]) / norm.clamp_min(1e-8)
+        return ((o * (inverse * factor)).masked_fill_(bad, 0.0), v), bad.flatten()
 
-    steps, squares = yield Whole(direction, (ahead, row_square))
-    torch._foreach_copy_(row_square, squares)
-    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-    torch._foreach_add_(weights, steps, alpha=-group["lr"])
+    # A bucket holds tall parameters or wide ones, never both: the first speaks for all.
+    kind = _kind(group["shapes"][0], group["axis"], group["blocks"])
+    request = Whole(
+        direction, (ahead, state["mean_square"]), ("matrix", kind), (transport(dtype), state["mean_square"][0].dtype)
+    )
+    steps, squares = yield request
+    torch._foreach_copy_(state["mean_square"], squares)
+    matrix.apply(weights, steps, group)
+
+
+def reference(w: Any, g: Any, state: dict[str, Any], group: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """One step of one whole matrix in float64, as the tests compare with: (new weight, new state)."""
+    b = group["momentum"]
+    m = b * state["momentum"] + (1 - b) * g
+    o = reference_polar(b * m + (1 - b) * g if group["nesterov"] else m, group["polar"], group["polar_prescale"])
+    along = -1 if _kind(w.shape, group["axis"], []) == "rows" else -2
+    v = group["beta2"] * state["mean_square"] + (1 - group["beta2"]) * o.square().mean(along, keepdim=True)
+    h = o / (v.sqrt() + group["eps"])
+    target = o.norm() if group["restore"] == "norm" else min(w.shape) ** 0.5
+    step = h * (target / h.norm().clamp_min(1e-8)) * matrix.scale(group["scale"], *w.shape)
+    return matrix.reference_apply(w, step, group), {"momentum": m, "mean_square": v}

@@ -1,9 +1,177 @@
-"""Plans from shapes alone. Imports no torch."""
+"""Who orthogonalizes what, and what travels: plans from shapes alone. Imports no torch.
+
+A parameter is seen as (E, m, n): E independent matrices (1 for a 2-D parameter), rows are outputs. Fused weights are cut
+into blocks of rows; every block of every matrix is one `Matrix`, the unit of ownership.
+"""
 
 from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # half-open ranges in (E, m, n)
 
 
 def shard_range(size: int, parts: int, index: int) -> tuple[int, int]:
     """The half-open range of the `index`-th of `parts` shards of a dimension, as FSDP2 and DTensor cut it."""
     chunk = -(-size // parts)
     return min(index * chunk, size), min((index + 1) * chunk, size)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a parameter lies: its shape as (E, m, n), which of the three is sharded (None: whole on every rank), and the
+    rows of its blocks (empty: one block)."""
+
+    shape: tuple[int, int, int]
+    dim: int | None
+    blocks: tuple[int, ...] = ()
+
+    def matrices(self) -> Iterator[tuple[int, int, int, int]]:
+        """(expert, block, first row, end row) of every matrix."""
+        for expert in range(self.shape[0]):
+            start = 0
+            for index, rows in enumerate(self.blocks or (self.shape[1],)):
+                yield expert, index, start, start + rows
+                start += rows
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix to be orthogonalized, and the rank that does it."""
+
+    parameter: int
+    expert: int
+    block: int
+    rows: tuple[int, int]
+    columns: int
+    owner: int = -1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows[1] - self.rows[0], self.columns
+
+    def box(self, kind: str) -> Box:
+        """Where the matrix, or its statistics, lie in an input of the parameter."""
+        rows = {"matrix": self.rows, "rows": self.rows, "columns": (self.block, self.block + 1)}[kind]
+        return (self.expert, self.expert + 1), rows, (0, 1 if kind == "rows" else self.columns)
+
+
+def work(shape: tuple[int, int]) -> int:
+    """Multiplications of one Newton-Schulz step."""
+    short, long = sorted(shape)
+    return 4 * short * short * long + 2 * short**3
+
+
+def held(stored: Stored, kind: str, parts: int, rank: int) -> Box:
+    """What a rank holds of an input of a parameter. Statistics are replicated along the dimension that they lack."""
+    experts, rows, columns = stored.shape
+    if kind == "rows":
+        columns = 1
+    if kind == "columns":
+        rows = max(len(stored.blocks), 1)
+    box = [(0, experts), (0, rows), (0, columns)]
+    if not is_replicated(stored, kind):
+        assert stored.dim is not None
+        box[stored.dim] = shard_range(box[stored.dim][1], parts, rank)
+    return box[0], box[1], box[2]
+
+
+def is_replicated(stored: Stored, kind: str) -> bool:
+    """Whether every rank of the shard group holds all of this input."""
+    return stored.dim is None or (kind == "rows" and stored.dim == 2) or (kind == "columns" and stored.dim == 1)
+
+
+def overlap(a: Box, b: Box) -> Box | None:
+    """The common part of two boxes, None if it is empty."""
+    (e, r, c) = ((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+    return (e, r, c) if e[0] < e[1] and r[0] < r[1] and c[0] < c[1] else None
+
+
+def own(parameters: Sequence[Stored], parts: int, replicas: int = 1) -> list[Matrix]:
+    """Every matrix with its owner, dearest first: longest processing time first over all ranks.
+
+    Owner `r * parts + p` is shard rank p of replica r. A matrix that one shard rank holds alone stays there, and costs
+    no exchange.
+    """
+    free, loads = [], [0] * (parts * replicas)
+    placed: list[Matrix] = []
+    for index, stored in enumerate(parameters):
+        for expert, block, start, stop in stored.matrices():
+            matrix = Matrix(index, expert, block, (start, stop), stored.shape[2])
+            holder = holder_of(matrix, stored, parts)
+            if holder is None:
+                free.append(matrix)
+            else:
+                candidates = range(holder, parts * replicas, parts)
+                owner = min(candidates, key=loads.__getitem__)
+                loads[owner] += work(matrix.shape)
+                placed.append(replace(matrix, owner=owner))
+    heap = [(load, rank) for rank, load in enumerate(loads)]
+    heapq.heapify(heap)
+    for matrix in sorted(free, key=lambda m: (-work(m.shape), m.parameter, m.expert, m.block)):
+        load, owner = heap[0]
+        heapq.heapreplace(heap, (load + work(matrix.shape), owner))
+        placed.append(replace(matrix, owner=owner))
+    return sorted(placed, key=lambda m: (-work(m.shape), m.parameter, m.expert, m.block))
+
+
+def holder_of(matrix: Matrix, stored: Stored, parts: int) -> int | None:
+    """The one shard rank that holds all of the matrix, if there is one."""
+    if stored.dim is None:
+        return 0
+    chunk = -(-stored.shape[stored.dim] // parts)
+    start, stop = matrix.box("matrix")[stored.dim]
+    return start // chunk if stop <= (start // chunk + 1) * chunk else None
+
+
+def buckets(parameters: Sequence[Stored], parts: int, limit: int, width: int) -> list[list[int]]:
+    """Parameters in the order of their work, cut so that no rank moves more than `limit` bytes of shards at a time.
+
+    `width` is the bytes of an entry on the way. One parameter beyond the limit is a bucket by itself.
+    """
+    dearest = {i: max(work((b - a, p.shape[2])) for _, _, a, b in p.matrices()) for i, p in enumerate(parameters)}
+    result: list[list[int]] = []
+    room = 0
+    for index in sorted(dearest, key=lambda i: (-dearest[i], i)):
+        box = held(parameters[index], "matrix", parts, 0)
+        size = width * (box[0][1] - box[0][0]) * (box[1][1] - box[1][0]) * (box[2][1] - box[2][0])
+        if not result or size > room:
+            result.append([])
+            room = limit
+        result[-1].append(index)
+        room -= size
+    return result
+
+
+def imbalance(matrices: Sequence[Matrix], ranks: int) -> float:
+    """Work of the busiest rank over that of the mean rank."""
+    loads = [0] * ranks
+    for matrix in matrices:
+        loads[matrix.owner] += work(matrix.shape)
+    return max(loads) * ranks / sum(loads)
+
+
+def traffic(parameters: Sequence[Stored], matrices: Sequence[Matrix], parts: int, width: int) -> list[tuple[int, int]]:
+    """Bytes (sent, received) of matrix entries by each rank of a shard group in one step: to the owners and back."""
+    totals = [[0, 0] for _ in range(parts)]
+    for matrix in matrices:
+        owner, stored = matrix.owner % parts, parameters[matrix.parameter]
+        if is_replicated(stored, "matrix"):
+            continue
+        for rank in range(parts):
+            part = overlap(matrix.box("matrix"), held(stored, "matrix", parts, rank))
+            if part is None or rank == owner:
+                continue
+            size = width * (part[1][1] - part[1][0]) * (part[2][1] - part[2][0])
+            for peer in (rank, owner):  # there and back: what goes one way comes the other
+                totals[peer][0] += size
+                totals[peer][1] += size
+    return [(sent, received) for sent, received in totals]
+
+
+def digest(*facts: object) -> int:
+    """63 bits that two ranks with the same plan agree on."""
+    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1

@@ -6,27 +6,31 @@ depend on N. That is what makes an update the same on any number of ranks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from trainer.registry import lazy
 
 torch: Any = lazy("torch")
 
+Steps = tuple[tuple[float, float, float], ...]
+
+_SIMPLE = (3.4445, -4.7750, 2.0315)
+_QUINTIC = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
 # Per step (a, b, c) of X <- a X + (b A + c A^2) X with A = X X^T, after X <- X / (safety * norm).
-COEFFICIENTS: dict[str, tuple[float, tuple[tuple[float, float, float], ...]]] = {
+COEFFICIENTS: dict[str, tuple[float, Steps]] = {
     # Jordan et al., Muon: one triple, five times.
-    "simple": (1.0, ((3.4445, -4.7750, 2.0315),) * 5),
-    # You: per-step quintic schedule.
-    "quintic": (
-        1.0,
-        (
-            (4.0848, -6.8946, 2.9270),
-            (3.9505, -6.3029, 2.6377),
-            (3.7418, -5.5913, 2.3037),
-            (2.8769, -3.1427, 1.2046),
-            (2.8366, -3.0525, 1.2012),
-        ),
-    ),
+    "simple": (1.0, (_SIMPLE,) * 5),
+    # You: a triple per step. The most exact of five steps on well-conditioned matrices.
+    "quintic": (1.0, _QUINTIC),
+    # Its last four steps: for the Schatten prescale, which makes up for the first.
+    "quintic-4": (1.0, _QUINTIC[1:]),
     # Amsel et al., Polar Express (arXiv 2505.16932), safety 1.02, cushion 2.
     "polar-express": (
         1.02,
@@ -38,43 +42,144 @@ COEFFICIENTS: dict[str, tuple[float, tuple[tuple[float, float, float], ...]]] = 
             (2.34654, -1.70978, 0.42324),
         ),
     ),
+    # The same in eight steps, as NVIDIA's Emerging-Optimizers tabulates it.
+    "polar-express-8": (
+        1.0,
+        (
+            (8.2051, -22.9019, 16.4607),
+            (4.0664, -2.8612, 0.5184),
+            (3.9096, -2.8234, 0.5250),
+            (3.2856, -2.4153, 0.4853),
+            (2.2779, -1.6198, 0.3985),
+            (1.8726, -1.2307, 0.3585),
+            (1.8564, -1.2132, 0.3568),
+            (1.8750, -1.2500, 0.3750),
+        ),
+    ),
+    # Grishina et al., CANS (arXiv 2506.10935): Chebyshev-optimal steps.
+    "cans": (
+        1.0,
+        (
+            (8.4703, -25.1081, 18.6293),
+            (4.1828, -3.1087, 0.5806),
+            (3.9619, -2.9541, 0.5630),
+            (3.2866, -2.4647, 0.5074),
+            (2.2737, -1.6447, 0.4162),
+        ),
+    ),
+    # Eight fast steps and two exact ones: the most exact here, down to sigma_min / sigma_max of 1e-4.
+    "8+2": (1.0, (_SIMPLE,) * 8 + ((2.0, -1.5, 0.5),) * 2),
 }
 
+CoefficientName = Literal["polar-express", "polar-express-8", "quintic", "quintic-4", "cans", "simple", "8+2"]
+Precision = Literal["auto", "fp16", "bf16", "fp32", "fp64"]
+Form = Literal["standard", "gram"]
+Prescale = Literal["frobenius", "schatten"]
 
-def default_dtype(device: Any) -> Any:
-    """The precision of the iterations: fp16 on CUDA (8x more exact than bf16 at equal cost), else bf16 where the CPU
+
+def precision(name: str, device: Any) -> Any:
+    """The dtype of the iterations. auto: fp16 on CUDA (8x more exact than bf16 at equal cost), else bf16 where the CPU
     multiplies it in hardware, else fp32."""
+    if name != "auto":
+        return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[name]
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def polar(x: Any, coefficients: str = "polar-express", dtype: Any = None) -> Any:
+def transport(dtype: Any) -> Any:
+    """The dtype in which matrices travel to be iterated in `dtype`: never fp16, whose range a gradient can leave."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def polar(
+    x: Any, coefficients: str = "polar-express", dtype: Any = None, form: Form = "standard",
+    prescale: Prescale = "frobenius",
+) -> Any:  # fmt: skip
     """Approximate polar factors of the matrices in `x`.
 
     Args:
         x: (N, m, n), any float dtype. Zero matrices give zeros.
         coefficients: a name in `COEFFICIENTS`.
-        dtype: precision of the products; `default_dtype` when None. The norm is always taken in fp32.
+        dtype: precision of the products; `precision("auto", x.device)` when None. Norms are taken in float64.
+        form: "standard" iterates X; "gram" iterates the s x s matrix X X^T (s the shorter side), always in fp32 or
+            wider, with one restart: fewer multiplications where the longer side is more than about twice the shorter.
+        prescale: what X is divided by so that its largest singular value is at most 1: its Frobenius norm, or the
+            tighter Schatten-4 norm ||X X^T||_F^(1/2), which the first product gives for free.
 
     Returns:
         (N, m, n) in `dtype`; invariant to the scale of `x`.
+
+    Raises:
+        ValueError: not a batch, or an unknown name.
     """
     if x.ndim != 3:
         raise ValueError(f"polar works on a batch (N, m, n), not on shape {tuple(x.shape)}; add a leading dimension")
     if coefficients not in COEFFICIENTS:
         raise ValueError(f"polar knows no coefficients '{coefficients}'; use one of {', '.join(COEFFICIENTS)}")
-    safety, table = COEFFICIENTS[coefficients]
-    x = x.float()
-    # Two divisions, first by the largest entry: squares of 1e-20 or 1e20 leave the range of fp32.
-    tiny = torch.finfo(torch.float32).tiny
-    x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(tiny)
-    x = x / (safety * x.square().sum(dim=(-2, -1), keepdim=True).sqrt()).clamp_min(tiny)
-    x = x.to(dtype or default_dtype(x.device))
+    dtype = dtype or precision("auto", x.device)
+    work = torch.promote_types(dtype, torch.float32) if form == "gram" else dtype
+    safety, steps = COEFFICIENTS[coefficients]
     tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    for a, b, c in table:
-        gram = x @ x.mT  # (N, s, s)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    x = normalize(x.mT if tall else x, safety, work)  # (N, s, l)
+    gram = x @ x.mT  # (N, s, s)
+    if prescale == "schatten":
+        root = safety * torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=wide(x), keepdim=True).sqrt()
+        x, gram = x / root.clamp_min(1e-30), gram / root.square().clamp_min(1e-30)
+        x, gram = x.to(work), gram.to(work)
+    if form == "gram":
+        for part in (steps[:2], steps[2:]):
+            x = (_gram_factor(x @ x.mT if part is not steps[:2] else gram, part) @ x) if part else x
+    else:
+        for index, (a, b, c) in enumerate(steps):
+            gram = x @ x.mT if index else gram
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(dtype)
+
+
+def _gram_factor(gram: Any, steps: Steps) -> Any:
+    """Q with Q X = the steps applied to X, from X X^T alone: Q <- (a I + b R + c R^2) Q, R the Gram matrix of Q X."""
+    factor = None
+    for a, b, c in steps:
+        z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        z.diagonal(dim1=-2, dim2=-1).add_(a)
+        gram = z @ gram @ z
+        factor = z if factor is None else z @ factor
+    return factor
+
+
+def normalize(x: Any, safety: float, dtype: Any) -> Any:
+    """`x` divided by `safety` times its Frobenius norm, in `dtype`, contiguous; zeros stay zeros.
+
+    The norm is taken in float64, so that its squares keep the range of fp32: 1e-30 and 1e30 are as good as 1.
+    """
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64, keepdim=True)
+    inverse = torch.where(norm > 0, 1 / (safety * norm), 0.0)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return torch.mul(x, inverse.to(wide(x)), out=out)
+
+
+def wide(x: Any) -> Any:
+    """The dtype for sums over `x`: fp32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def unsound(square: Any, shape: tuple[int, ...]) -> Any:
+    """Which updates must not be applied, from the squared Frobenius norms of polar factors of (..., m, n): not finite,
+    or beyond 1.4 times the norm of an exact factor (no table overshoots 1.21).
+
+    There is no bound from below: a zero gradient, or one of low rank, has a polar factor as small as its rank.
+    """
+    return ~(square <= 1.96 * min(shape[-2:]))  # a comparison with NaN is False
+
+
+def reference(x: Any, coefficients: str = "polar-express", prescale: Prescale = "frobenius") -> Any:
+    """What `polar` approximates, slow and plain: U f(S) V^T by SVD in float64."""
+    safety, steps = COEFFICIENTS[coefficients]
+    u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / (safety * s.square().sum(-1, keepdim=True).sqrt()).clamp_min(1e-300)
+    if prescale == "schatten":
+        s = s / (safety * s.pow(4).sum(-1, keepdim=True).pow(0.25)).clamp_min(1e-300)
+    for a, b, c in steps:
+        s = a * s + b * s**3 + c * s**5
+    return u * s.unsqueeze(-2) @ v

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trainer.optim.exchange import Layout, answer
+from trainer.optim.exchange import Bucket, Crew, answer
+from trainer.optim.options import GROUPING
+from trainer.optim.plan import Stored, buckets, digest, own
 from trainer.registry import alternatives
 
 
@@ -33,64 +36,131 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """Every group names a rule; the state is created here, on every rank alike, in the parameters' layout.
 
     Args:
-        params: groups with a key `rule`, and `params` as tensors or (name, tensor) pairs. Tensors are 2-D (m, n) with
-            rows as outputs, or 3-D (E independent matrices) for orthogonalizing rules; plain, or DTensors on a 1-D
-            mesh with Replicate or Shard.
+        params: groups with a key `rule`, and `params` as tensors or (name, tensor) pairs. Under a matrix rule they are
+            2-D (m, n) with rows as outputs, or 3-D (E independent matrices), and a group may say `blocks` (rows of each
+            block of fused weights) or `transposed` (stored as inputs x outputs). Tensors are plain, or DTensors on a 1-D
+            mesh with Replicate or Shard, or on a (replica, shard) mesh.
+        spread_replicas: divide the work among the replicas of a (replica, shard) mesh and exchange results, instead of
+            repeating it in each. Under pure replication the work is always divided.
+        replicas: process group over which plain tensors are replicated (as under DDP); None: each rank does all.
+        bucket_bytes: most bytes of shards that a rank sends at a time. Working memory is a small multiple of it.
 
     Raises:
-        ValueError: unknown rule, vector under an orthogonalizing rule, or a layout that is not supported.
+        ValueError: unknown rule or option, vector under a matrix rule, unsupported layout, or ranks that disagree.
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]]) -> None:
-        groups = [dict(group) for group in params]
-        for group in groups:
-            options = asdict(rule_of(group["rule"]).Options())
-            for key in ("name", "adamw"):
-                options.pop(key, None)
-            unknown = group.keys() - options.keys() - {"params", "rule", "label", "initial_lr"}
-            if unknown:
-                raise ValueError(
-                    f"rule {group['rule']} has no {', '.join(sorted(unknown))}; it has {', '.join(options)}"
-                )
-            for key, value in options.items():
-                group.setdefault(key, value)
-            group.setdefault("label", group["rule"])
-            group["initial_lr"] = group["lr"]
+    def __init__(
+        self, params: Iterable[dict[str, Any]], *, spread_replicas: bool = False,
+        replicas: dist.ProcessGroup | None = None, bucket_bytes: int = 32 * 2**20,
+    ) -> None:  # fmt: skip
+        self._spread, self._replicas, self._limit = spread_replicas, replicas, bucket_bytes
+        self._buckets: list[tuple[int, list[Tensor], Bucket]] = []
+        groups = [_complete(dict(group)) for group in params]
         super().__init__(groups, {})
         for index, group in enumerate(self.param_groups):
             rule = rule_of(group["rule"])
             for position, parameter in enumerate(group["params"]):
                 names = group.get("param_names")
                 name = names[position] if names else f"parameter {position} of group {index}, {tuple(parameter.shape)}"
-                _check(name, parameter, orthogonalizes(rule), group["rule"])
-                self.state[parameter] = rule.init_state(parameter)
+                _check(name, parameter, group, orthogonalizes(rule))
+                self.state[parameter] = rule.init_state(_logical(parameter, group), group)
+        self._plan()
+        device = self.param_groups[0]["params"][0].device
+        self._rejected = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _plan(self) -> None:
+        """Owners and buckets of all matrices, per set of ranks; every rank must come to the same."""
+        crews: dict[Crew, list[tuple[int, Tensor]]] = {}
+        for index, group in enumerate(self.param_groups):
+            for parameter in group["params"] if orthogonalizes(rule_of(group["rule"])) else []:
+                crews.setdefault(self._crew(parameter), []).append((index, parameter))
+        for crew, members in crews.items():
+            stored = [_stored(parameter, self.param_groups[index]) for index, parameter in members]
+            matrices = own(stored, crew.parts, crew.copies)
+            agree(crew, (stored, matrices, self._limit, self.hyperparameters()))
+            kinds: dict[tuple[int, bool], list[int]] = {}
+            for position, (index, _) in enumerate(members):
+                tall = (stored[position].blocks or stored[position].shape[1:])[0] >= stored[position].shape[2]
+                kinds.setdefault((index, tall), []).append(position)
+            for (index, _), positions in kinds.items():
+                for chosen in buckets([stored[p] for p in positions], crew.parts, self._limit, 2):
+                    of_bucket = [positions[c] for c in chosen]
+                    number = {p: n for n, p in enumerate(of_bucket)}
+                    inside = [replace(m, parameter=number[m.parameter]) for m in matrices if m.parameter in number]
+                    bucket = Bucket(crew, [stored[p] for p in of_bucket], inside)
+                    self._buckets.append((index, [members[p][1] for p in of_bucket], bucket))
+
+    def _crew(self, parameter: Tensor) -> Crew:
+        if not isinstance(parameter, DTensor):
+            return Crew(None, self._replicas, True)
+        mesh = parameter.device_mesh
+        if mesh.ndim == 2:
+            return Crew(mesh.get_group(1), mesh.get_group(0), self._spread)
+        if parameter.placements[0].is_replicate():
+            return Crew(None, mesh.get_group(0), True)
+        return Crew(mesh.get_group(0))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every group. A missing gradient counts as zeros, on all ranks alike."""
+        """One update of every group. A missing gradient counts as zeros, on all ranks alike.
+
+        Buckets follow each other as in a pipeline: while one is computed, the next is on its way to the owners and the
+        one before it on its way back.
+        """
         if closure is not None:
             raise ValueError("a closure is not supported: one forward and backward per step")
-        for group in self.param_groups:
-            parameters = group["params"]
-            if not parameters:
-                continue
-            weights = [_local(p) for p in parameters]
-            gradients = [_local(p.grad) if p.grad is not None else torch.zeros_like(_local(p)) for p in parameters]
-            keys = self.state[parameters[0]].keys()
-            state = {key: [_local(self.state[p][key]) for p in parameters] for key in keys}
-            rule = rule_of(group["rule"])
-            work = rule.update(weights, gradients, state, group)
-            if work is not None:
-                self._serve(work, parameters, state)
+        waiting = [self._work(*entry) for entry in self._buckets]
+        active: list[Any] = []
+        first = True
+        while waiting or active:
+            if waiting:
+                active.insert(0, waiting.pop(0))
+            active = [task for task in active if next(task, self) is not self]  # newest first: it only sends
+            if first:
+                self._local_rules()  # while the first exchange flies
+            first = False
+        if first:
+            self._local_rules()
 
-    def _serve(self, work: Any, parameters: list[Tensor], state: dict[str, list[Tensor]]) -> None:
-        """Run a rule's generator, answering what it asks."""
-        try:
-            request = next(work)
-            while True:
-                request = work.send(answer(request, _layout(request, parameters)))
-        except StopIteration:
-            pass
+    def _local_rules(self) -> None:
+        for group in self.param_groups:
+            rule = rule_of(group["rule"])
+            if group["params"] and not orthogonalizes(rule):
+                rule.update(*self._tensors(group["params"], group), group)
+
+    def _work(self, index: int, parameters: list[Tensor], bucket: Bucket) -> Iterator[None]:
+        """Run a rule's generator on one bucket, answering what it asks."""
+        group = self.param_groups[index]
+        shapes = [_logical(p, group).shape for p in parameters]
+        work = rule_of(group["rule"]).update(*self._tensors(parameters, group), {**group, "shapes": shapes})
+        request = next(work)
+        while request is not None:
+            result = yield from answer(request, bucket, self._rejected)
+            try:
+                request = work.send(result)
+            except StopIteration:
+                request = None
+
+    def _tensors(
+        self, parameters: list[Tensor], group: dict[str, Any]
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, list[Tensor]]]:
+        """Local weights, gradients and state, as the rule sees them: rows are outputs."""
+        weights = [_logical(_local(p), group) for p in parameters]
+        gradients = [
+            torch.zeros_like(w) if p.grad is None else _logical(_local(p.grad), group)
+            for p, w in zip(parameters, weights, strict=True)
+        ]
+        keys = self.state[parameters[0]].keys()
+        return weights, gradients, {key: [_local(self.state[p][key]) for p in parameters] for key in keys}
+
+    def take_rejected(self) -> int:
+        """Matrices rejected since the last call, whose update was not finite or out of norm; of those that this rank
+        owns. Waits for the device."""
+        crews = {bucket.crew for _, _, bucket in self._buckets}
+        repeated = all(c.replicas is not None and not c.spread and dist.get_rank(c.replicas) > 0 for c in crews)
+        count = 0 if repeated else int(self._rejected)
+        self._rejected.zero_()
+        return count
 
     def state_tensors(self, names: dict[Tensor, str]) -> dict[str, Tensor]:
         """All state as `PARAMETER.KEY` -> tensor, for checkpoints."""
@@ -140,39 +210,66 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _shard_dim(tensor: Tensor) -> int | None:
-    if not isinstance(tensor, DTensor):
-        return None
-    placement = tensor.placements[0]
-    return placement.dim if placement.is_shard() else None  # type: ignore[attr-defined]
+def _logical(tensor: Tensor, group: dict[str, Any]) -> Tensor:
+    """The tensor with rows as outputs."""
+    return tensor.mT if group.get("transposed") else tensor
 
 
-def _layout(request: Any, parameters: list[Tensor]) -> Layout:
-    """The layout of a request's inputs: full matrices like the parameter, statistics (..., m, 1) like its rows."""
-    shapes, dims = [], []
-    for tensors in request.inputs:
-        of_input, of_dim = [], []
-        for parameter, local in zip(parameters, tensors, strict=True):
-            shape, dim = tuple(parameter.shape), _shard_dim(parameter)
-            if local.shape[-1] == 1 and shape[-1] != 1 and dim != len(shape) - 1:
-                shape = (*shape[:-1], 1)
-            elif local.shape[-1] == 1 and local.shape[-2:] != _local(parameter).shape[-2:]:
-                shape, dim = (*shape[:-1], 1), None
-            of_input.append(shape)
-            of_dim.append(dim)
-        shapes.append(of_input)
-        dims.append(of_dim)
-    sharded = next((p for p in parameters if isinstance(p, DTensor)), None)
-    return Layout(shapes, dims, sharded.device_mesh.get_group(0) if sharded is not None else None)
+def _complete(group: dict[str, Any]) -> dict[str, Any]:
+    """A group with all of its rule's options."""
+    rule = rule_of(group["rule"])
+    options = {key: value for key, value in asdict(rule.Options()).items() if key not in GROUPING}
+    if orthogonalizes(rule):
+        options |= {"blocks": [], "transposed": False}
+    unknown = group.keys() - options.keys() - {"params", "rule", "label", "initial_lr"}
+    if unknown:
+        raise ValueError(f"rule {group['rule']} has no {', '.join(sorted(unknown))}; it has {', '.join(options)}")
+    for key, choices in get_type_hints(rule.Options).items():
+        if get_origin(choices) is Literal and key in group and group[key] not in get_args(choices):
+            raise ValueError(
+                f"{key} '{group[key]}' is unknown to {group['rule']}; use one of {', '.join(get_args(choices))}"
+            )
+    group = {"label": group["rule"], **options, **group}
+    return {**group, "initial_lr": group["lr"]}
 
 
-def _check(name: str, parameter: Tensor, matrices_only: bool, rule: str) -> None:
+def _stored(parameter: Tensor, group: dict[str, Any]) -> Stored:
+    logical = _logical(parameter, group)
+    experts, rows, columns = logical.shape if logical.ndim == 3 else (1, *logical.shape)
+    dim = None
+    if isinstance(logical, DTensor) and logical.placements[-1].is_shard():
+        dim = logical.placements[-1].dim + (3 - logical.ndim)  # type: ignore[attr-defined]
+    return Stored((experts, rows, columns), dim, tuple(group["blocks"]))
+
+
+def agree(crew: Crew, facts: object) -> None:
+    """Raise on every rank unless all ranks of the crew have the same facts."""
+    value = digest(facts)
+    for group in (crew.shards, crew.replicas):
+        if group is None:
+            continue
+        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        extremes = torch.tensor([value, -value], dtype=torch.int64, device=device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+        if int(extremes[0]) != -int(extremes[1]):
+            raise ValueError(
+                "the ranks were given different parameters or options; build the optimizer alike on all of them"
+            )
+
+
+def _check(name: str, parameter: Tensor, group: dict[str, Any], matrix_rule: bool) -> None:
     if parameter.is_meta:
         raise ValueError(f"{name} is on the meta device; give it storage before building the optimizer")
-    if matrices_only and parameter.ndim not in (2, 3):
-        raise ValueError(f"{name} has {parameter.ndim} dimensions; {rule} takes matrices: give it to adamw")
+    if matrix_rule and parameter.ndim not in (2, 3):
+        raise ValueError(f"{name} has {parameter.ndim} dimensions; {group['rule']} takes matrices: give it to adamw")
+    rows = parameter.shape[-1 if group.get("transposed") else -2] if matrix_rule else 0
+    if matrix_rule and group["blocks"] and sum(group["blocks"]) != rows:
+        raise ValueError(f"{name} has {rows} rows, its blocks {group['blocks']} have {sum(group['blocks'])}")
     if not isinstance(parameter, DTensor):
         return
-    placement = parameter.placements[0]
-    if parameter.device_mesh.ndim != 1 or not (placement.is_shard() or placement.is_replicate()):
-        raise ValueError(f"{name} is laid out as {parameter.placements}; use Shard or Replicate on a 1-D mesh")
+    *outer, last = parameter.placements
+    known = all(p.is_replicate() for p in outer) and (last.is_replicate() or last.is_shard())
+    if parameter.device_mesh.ndim > 2 or not known or (outer and matrix_rule and last.is_replicate()):
+        raise ValueError(
+            f"{name} is laid out as {parameter.placements}; use Shard or Replicate on a 1-D mesh, or (Replicate, Shard)"
+        )

@@ -1,0 +1,155 @@
+"""What ranks run in the battery of the optimizers."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from trainer.optim import ShardedOptimizer
+
+# Tall, wide, square, uneven for every world size, rows fewer than ranks, one row, one column, independent matrices.
+SHAPES = [(20, 12), (12, 20), (16, 16), (7, 5), (3, 10), (1, 9), (9, 1), (4, 6, 10), (20, 12)]
+
+
+def tensor(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@cache
+def mesh_of(*shape: int) -> DeviceMesh:
+    return init_device_mesh("cpu", shape)
+
+
+def place(full: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "plain":
+        return full
+    world = dist.get_world_size()
+    if layout.startswith("hsdp"):
+        return distribute_tensor(full, mesh_of(2, world // 2), [Replicate(), Shard(0)])
+    mesh = mesh_of(world)
+    placement = Replicate() if layout == "replicate" else Shard(int(layout.removeprefix("shard")))
+    return distribute_tensor(full, mesh, [placement])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def build(rule: str, layout: str, options: dict[str, Any], dtype: torch.dtype) -> tuple[list[nn.Parameter], ShardedOptimizer]:
+    weights = [nn.Parameter(place(tensor(i, shape, dtype), layout)) for i, shape in enumerate(SHAPES)]
+    named = [(f"w{i}", w) for i, w in enumerate(weights)]
+    spread = {"spread_replicas": True} if layout == "hsdp-spread" else {}
+    # 600 bytes: several buckets, also here.
+    return weights, ShardedOptimizer([{"rule": rule, "params": named, **options}], bucket_bytes=600, **spread)
+
+
+def give_gradients(weights: list[nn.Parameter], layout: str, step: int, dtype: torch.dtype) -> None:
+    for i, shape in enumerate(SHAPES):
+        weights[i].grad = place(tensor(1000 * step + i, shape, dtype), layout)
+
+
+def steps(rule: str, layout: str, options: dict[str, Any], count: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Weights and state, whole, after some steps."""
+    weights, optimizer = build(rule, layout, options, dtype)
+    for step in range(1, count + 1):
+        give_gradients(weights, layout, step, dtype)
+        optimizer.step()
+    assert optimizer.take_rejected() == 0
+    names = {w: f"w{i}" for i, w in enumerate(weights)}
+    result = {names[w]: whole(w) for w in weights}
+    return result | {key: whole(value) for key, value in optimizer.state_tensors(names).items()}
+
+
+def missing_gradient_on_one_rank(rule: str) -> bool:
+    """A rank without a gradient acts as if its shard of it were zeros."""
+    ends = []
+    for missing in (True, False):
+        weights, optimizer = build(rule, "shard0", {}, torch.float32)
+        give_gradients(weights, "shard0", 1, torch.float32)
+        if dist.get_rank() == 0:
+            for weight in weights[:3]:
+                assert isinstance(weight.grad, DTensor)
+                if missing:
+                    weight.grad = None
+                else:
+                    weight.grad.to_local().zero_()
+        optimizer.step()
+        ends.append([whole(w) for w in weights])
+    return all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def bytes_sent(rule: str, shapes: list[tuple[int, int]]) -> tuple[int, int]:
+    """Bytes that this rank hands to all-to-all for others in one step, and takes from them."""
+    mesh = mesh_of(dist.get_world_size())
+    weights = [nn.Parameter(distribute_tensor(tensor(i, shape), mesh, [Shard(0)])) for i, shape in enumerate(shapes)]
+    optimizer = ShardedOptimizer([{"rule": rule, "params": weights, "polar_dtype": "bf16"}])
+    for i, weight in enumerate(weights):
+        weight.grad = distribute_tensor(tensor(100 + i, shapes[i]), mesh, [Shard(0)])
+    counted = [0, 0]
+    true = dist.all_to_all_single
+
+    def counting(output: torch.Tensor, input: torch.Tensor, out_sizes: Any, in_sizes: Any, **options: Any) -> Any:
+        rank = dist.get_rank()
+        counted[0] += sum(in_sizes) - in_sizes[rank]
+        counted[1] += sum(out_sizes) - out_sizes[rank]
+        return true(output, input, out_sizes, in_sizes, **options)
+
+    dist.all_to_all_single = counting
+    try:
+        optimizer.step()
+    finally:
+        dist.all_to_all_single = true
+    return counted[0], counted[1]
+
+
+def disagree() -> str:
+    """What a rank hears when it was given another parameter than the others."""
+    rows = 6 if dist.get_rank() else 8
+    mesh = mesh_of(dist.get_world_size())
+    local = torch.zeros(rows // 2, 4)
+    weight = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], shape=torch.Size((rows, 4)), stride=(4, 1)))
+    try:
+        ShardedOptimizer([{"rule": "muon", "params": [weight]}])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def non_finite() -> tuple[int, bool, bool]:
+    """(rejected matrices over all ranks, whether the sick matrix stayed, whether all others moved)."""
+    weights, optimizer = build("normuon", "shard0", {}, torch.float32)
+    give_gradients(weights, "shard0", 1, torch.float32)
+    before = [whole(w) for w in weights]
+    if dist.get_rank() == 0:
+        weights[0].grad.to_local()[0, 0] = float("nan")  # type: ignore[union-attr]
+    optimizer.step()
+    count = torch.tensor([optimizer.take_rejected()])
+    dist.all_reduce(count)
+    after = [whole(w) for w in weights]
+    moved = [not torch.equal(a, b) and bool(b.isfinite().all()) for a, b in zip(before, after, strict=True)]
+    return int(count), not moved[0] and bool(after[0].isfinite().all()), all(moved[1:])
+
+
+def split_or_apart(rule: str, layout: str, together: bool) -> torch.Tensor:
+    """A fused weight of blocks of 8, 4 and 6 rows, or three weights."""
+    rows = (8, 4, 6)
+    parts = [tensor(i, (r, 10), torch.float64) for i, r in enumerate(rows)]
+    grads = [[tensor(10 * s + i, (r, 10), torch.float64) for i, r in enumerate(rows)] for s in (1, 2, 3)]
+    options = {"rule": rule, "polar_dtype": "fp64", "weight_decay": 0.1, "lr": 0.1}
+    if together:
+        weights = [nn.Parameter(place(torch.cat(parts), layout))]
+        optimizer = ShardedOptimizer([{**options, "params": weights, "blocks": list(rows)}])
+    else:
+        weights = [nn.Parameter(place(part, layout)) for part in parts]
+        optimizer = ShardedOptimizer([{**options, "params": weights}])
+    for of_step in grads:
+        for weight, gradient in zip(weights, [torch.cat(of_step)] if together else of_step, strict=True):
+            weight.grad = place(gradient, layout)
+        optimizer.step()
+    return torch.cat([whole(w) for w in weights])
