@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from trainer.optim import matrix
 from trainer.optim.options import MatrixOptions
-from trainer.optim.polar import polar, precision, transport, unsound, wide
+from trainer.optim.polar import polar, precision, scaled, squares, transport, unsound, wide
 from trainer.optim.polar import reference as reference_polar
 from trainer.optim.requests import Whole
 from trainer.registry import lazy
@@ -40,10 +40,9 @@ def update(
 
     def direction(u: Any) -> tuple[tuple[Any], Any]:  # (N, m, n)
         o = polar(u, group["polar"], dtype, group["polar_form"], group["polar_prescale"])
-        square = torch.linalg.vector_norm(o, dim=(-2, -1), dtype=wide(o)).square()  # (N,)
-        bad = unsound(square, u.shape)
-        step = o * matrix.scale(group["scale"], *u.shape[-2:])
-        return (step.masked_fill_(bad[:, None, None], 0.0),), bad
+        bad = unsound(squares(o, -1).sum(dim=(-2, -1), keepdim=True), u.shape)  # (N, 1, 1)
+        factor = torch.full(bad.shape, matrix.scale(group["scale"], *u.shape[-2:]), dtype=wide(o), device=o.device)
+        return (scaled(o, factor).masked_fill_(bad, 0.0),), bad.flatten()
 
     (steps,) = yield Whole(direction, (ahead,), ("matrix",), (transport(dtype),))
     matrix.apply(weights, steps, group)

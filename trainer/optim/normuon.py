@@ -15,7 +15,7 @@ from pydantic import Field
 
 from trainer.optim import matrix
 from trainer.optim.options import MatrixOptions
-from trainer.optim.polar import polar, precision, transport, unsound, wide
+from trainer.optim.polar import polar, precision, scaled, squares, transport, unsound
 from trainer.optim.polar import reference as reference_polar
 from trainer.optim.requests import Whole
 from trainer.registry import lazy
@@ -68,26 +68,24 @@ def update(
     def direction(u: Any, v: Any) -> tuple[tuple[Any, Any], Any]:  # (N, m, n), (N, m, 1) or (N, 1, n)
         o = polar(u, group["polar"], dtype, group["polar_form"], group["polar_prescale"])
         along = -1 if kind == "rows" else -2
-        squares = torch.linalg.vector_norm(o, dim=along, dtype=wide(o), keepdim=True).square()
-        total = squares.sum(dim=(-2, -1), keepdim=True)  # ||O||^2
+        square = squares(o, along)
+        total = square.sum(dim=(-2, -1), keepdim=True)  # ||O||^2
         bad = unsound(total, u.shape)
-        v = torch.where(bad, v, v.lerp((squares / u.shape[along]).to(v.dtype), 1 - group["beta2"]))
+        v = torch.where(bad, v, v.lerp((square / u.shape[along]).to(v.dtype), 1 - group["beta2"]))
         inverse = 1 / (v.sqrt() + group["eps"])
-        norm = (
-            (squares * inverse.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
-        )  # ||H||, without a second pass over O
+        norm = (square * inverse.square()).sum(dim=(-2, -1), keepdim=True).sqrt()  # ||H||, without a second pass over O
         target = total.sqrt() if group["restore"] == "norm" else math.sqrt(min(u.shape[-2:]))
         # A zero matrix stays zero: 0 / 0 would be the NaN of a layer that has not had a gradient yet.
         factor = target * matrix.scale(group["scale"], *u.shape[-2:]) / norm.clamp_min(1e-8)
-        return ((o * (inverse * factor)).masked_fill_(bad, 0.0), v), bad.flatten()
+        return (scaled(o, inverse * factor).masked_fill_(bad, 0.0), v), bad.flatten()
 
     # A bucket holds tall parameters or wide ones, never both: the first speaks for all.
     kind = _kind(group["shapes"][0], group["axis"], group["blocks"])
     request = Whole(
         direction, (ahead, state["mean_square"]), ("matrix", kind), (transport(dtype), state["mean_square"][0].dtype)
     )
-    steps, squares = yield request
-    torch._foreach_copy_(state["mean_square"], squares)
+    steps, mean_squares = yield request
+    torch._foreach_copy_(state["mean_square"], mean_squares)
     matrix.apply(weights, steps, group)
 
 

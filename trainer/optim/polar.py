@@ -101,7 +101,7 @@ def polar(
     Args:
         x: (N, m, n), any float dtype. Zero matrices give zeros.
         coefficients: a name in `COEFFICIENTS`.
-        dtype: precision of the products; `precision("auto", x.device)` when None. Norms are taken in float64.
+        dtype: precision of the products; `precision("auto", x.device)` when None. Norms are taken in fp32 or wider.
         form: "standard" iterates X; "gram" iterates the s x s matrix X X^T (s the shorter side), always in fp32 or
             wider, with one restart: fewer multiplications where the longer side is more than about twice the shorter.
         prescale: what X is divided by so that its largest singular value is at most 1: its Frobenius norm, or the
@@ -151,12 +151,31 @@ def _gram_factor(gram: Any, steps: Steps) -> Any:
 def normalize(x: Any, safety: float, dtype: Any) -> Any:
     """`x` divided by `safety` times its Frobenius norm, in `dtype`, contiguous; zeros stay zeros.
 
-    The norm is taken in float64, so that its squares keep the range of fp32: 1e-30 and 1e30 are as good as 1.
+    First divided by the power of two below its largest entry, so that no square leaves the range of fp32: 1e-30 and
+    1e30 are as good as 1. One matrix at a time: its passes then stay in the cache.
     """
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64, keepdim=True)
-    inverse = torch.where(norm > 0, 1 / (safety * norm), 0.0)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    return torch.mul(x, inverse.to(wide(x)), out=out)
+    for matrix, target in zip(x, out, strict=True):
+        y = matrix.to(wide(x))
+        _, exponent = torch.frexp(y.abs().amax())
+        y = y * torch.exp2(-exponent.to(y.dtype))
+        norm = torch.linalg.vecdot(y.reshape(-1), y.reshape(-1)).sqrt()
+        target.copy_(y.mul_(torch.where(norm > 0, 1 / (safety * norm), norm)))
+    return out
+
+
+def squares(o: Any, dim: int) -> Any:
+    """Sums of squares along one dimension, kept with size 1; at least fp32, one matrix at a time as above."""
+    return torch.stack([y.to(wide(o)).square().sum(dim, keepdim=True) for y in o])
+
+
+def scaled(o: Any, factor: Any) -> Any:
+    """`o` times a factor that broadcasts per matrix, row or column (N, ., .): in the factor's precision, rounded once to
+    that of `o`, contiguous."""
+    out = torch.empty(o.shape, dtype=o.dtype, device=o.device)
+    for matrix, by, target in zip(o, factor, out, strict=True):
+        target.copy_(matrix.to(by.dtype).mul_(by))
+    return out
 
 
 def wide(x: Any) -> Any:
