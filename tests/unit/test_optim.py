@@ -149,3 +149,13 @@ def test_routing_claims_each_parameter_once_and_never_orthogonalizes_ends(tied) 
     assert all("norm" in name for name, _ in vectors)
     claimed = [p for part in (matrices, embeddings, vectors) for _, p in part]
     assert len(claimed) == len(set(claimed)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("form", ["standard", "gram"])
+@pytest.mark.parametrize("shape", [(3, 64, 64), (3, 96, 200), (3, 200, 96), (2, 1, 9)])
+def test_the_prescale_and_the_gram_form_are_the_same_polynomial(shape, form) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for name in ("quintic-4", "polar-express"):
+        result = polar(x, name, torch.float64, form, "schatten")
+        assert (result - reference(x, name, "schatten")).abs().max() < 1e-12
+    assert (polar(torch.zeros(shape), form=form, prescale="schatten") == 0).all()

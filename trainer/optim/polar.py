@@ -124,9 +124,8 @@ def polar(
     x = normalize(x.mT if tall else x, safety, work)  # (N, s, l)
     gram = x @ x.mT  # (N, s, s)
     if prescale == "schatten":
-        root = safety * torch.linalg.vector_norm(gram, dim=(-2, -1), dtype=wide(x), keepdim=True).sqrt()
-        x, gram = x / root.clamp_min(1e-30), gram / root.square().clamp_min(1e-30)
-        x, gram = x.to(work), gram.to(work)
+        root = (safety * squares(gram, -1).sum(dim=-2, keepdim=True).pow(0.25)).clamp_min(1e-12)  # (N, 1, 1)
+        x, gram = scaled(x, 1 / root), scaled(gram, 1 / root.square())
     if form == "gram":
         for part in (steps[:2], steps[2:]):
             x = (_gram_factor(x @ x.mT if part is not steps[:2] else gram, part) @ x) if part else x
