@@ -32,6 +32,7 @@ lint: install        ## style and types
 
 bench: install       ## side-by-side measurements
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop_overhead.py
+	$(BIN)/python benchmarks/optimizer_step.py
 
 schema: install      ## write configs/schema.json and docs/config.md from the code
 	$(BIN)/python -m trainer.reference

@@ -107,7 +107,10 @@ def worker(arguments: argparse.Namespace) -> None:
             dist.barrier()
             counted[0] = 0
             began = time.perf_counter()
-            rise[name] = peak_rise(optimizer.step)
+            if arguments.memory:
+                rise[name] = peak_rise(optimizer.step)
+            else:
+                optimizer.step()
             took = torch.tensor(time.perf_counter() - began)
             dist.all_reduce(took, dist.ReduceOp.MAX)
             times[name].append(float(took))
@@ -125,6 +128,7 @@ def launch(names: list[str], rounds: int, arguments: argparse.Namespace, environ
             "--names", ",".join(names), "--rounds", str(rounds), "--model", arguments.model, "--out", out,
         ]  # fmt: skip
         command += ["--peer", arguments.peer] if arguments.peer else []
+        command += ["--memory"] if environment else []
         subprocess.run(
             command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
         )
@@ -138,6 +142,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--names", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.names:
         worker(arguments)

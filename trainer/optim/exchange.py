@@ -172,7 +172,7 @@ def answer(request: Whole, bucket: Bucket, tally: Tensor) -> Generator[None, Non
             view.copy_(held_piece(leg))
         arrived = yield from parcel.swap(route.there_in, crew.shards)
     back = Parcel(route.back_out, dtypes, device)
-    returning: dict[int, list[tuple[Leg, Tensor]]] = {index: [] for index in route.mine}
+    returning: dict[int, list[tuple[Leg, Tensor | None]]] = {index: [] for index in route.mine}
     for leg, view in back.pieces():
         returning[leg.matrix].append((leg, view))
     arriving: dict[int, list[tuple[Leg, Tensor]]] = {index: [] for index in route.mine}
@@ -180,11 +180,10 @@ def answer(request: Whole, bucket: Bucket, tally: Tensor) -> Generator[None, Non
         arriving[leg.matrix].append((leg, piece))
     for leg in route.own:
         arriving[leg.matrix].append((leg, held_piece(leg)))
-        returning[leg.matrix].append((leg, held_piece(leg)))
+        returning[leg.matrix].append((leg, None))  # stays here
     by_shape: dict[tuple[int, int], list[int]] = {}
     for index in route.mine:
         by_shape.setdefault(bucket.matrices[index].shape, []).append(index)
-    own = {id(leg) for leg in route.own}
     for (rows, columns), indices in by_shape.items():
         sizes = {"matrix": (rows, columns), "rows": (rows, 1), "columns": (1, columns)}
         stacks = [
@@ -199,7 +198,7 @@ def answer(request: Whole, bucket: Bucket, tally: Tensor) -> Generator[None, Non
         for row, index in enumerate(indices):
             for leg, view in returning.pop(index):
                 piece = outputs[leg.input][(row, *leg.whole)].unsqueeze(0)
-                if id(leg) in own:
+                if view is None:
                     settle(leg, piece.to(dtypes[leg.input]))
                 else:
                     view.copy_(piece)

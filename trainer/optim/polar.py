@@ -127,8 +127,8 @@ def polar(
         root = (safety * squares(gram, -1).sum(dim=-2, keepdim=True).pow(0.25)).clamp_min(1e-12)  # (N, 1, 1)
         x, gram = scaled(x, 1 / root), scaled(gram, 1 / root.square())
     if form == "gram":
-        for part in (steps[:2], steps[2:]):
-            x = (_gram_factor(x @ x.mT if part is not steps[:2] else gram, part) @ x) if part else x
+        x = _gram_factor(gram, steps[:2]) @ x
+        x = _gram_factor(x @ x.mT, steps[2:]) @ x  # the restart
     else:
         for index, (a, b, c) in enumerate(steps):
             gram = x @ x.mT if index else gram

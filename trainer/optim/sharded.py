@@ -43,7 +43,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         spread_replicas: divide the work among the replicas of a (replica, shard) mesh and exchange results, instead of
             repeating it in each. Under pure replication the work is always divided.
         replicas: process group over which plain tensors are replicated (as under DDP); None: each rank does all.
-        bucket_bytes: most bytes of shards that a rank sends at a time. Working memory is a small multiple of it.
+        bucket_bytes: most bytes of shards that a rank sends at a time, counted as bf16 (fp32 products take twice as
+            much). Working memory is a small multiple of it.
 
     Raises:
         ValueError: unknown rule or option, vector under a matrix rule, unsupported layout, or ranks that disagree.
@@ -67,6 +68,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._plan()
         device = self.param_groups[0]["params"][0].device
         self._rejected = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: owners are chosen over all matrices, on all ranks alike."""
+        if hasattr(self, "_rejected"):
+            raise ValueError("groups cannot be added later; give all of them to the constructor")
+        super().add_param_group(param_group)
 
     def _plan(self) -> None:
         """Owners and buckets of all matrices, per set of ranks; every rank must come to the same."""
