@@ -132,7 +132,7 @@ def verdict(errors: dict[Preset, dict[str, float]], among: str) -> str:
     good = [title(p) for p, e in errors.items() if p != DEFAULT and all(e[k] <= limit[k] for k in limit)]
     holds, fails = ([k for k in limit if (errors[FOUR][k] <= limit[k]) is yes] for yes in (True, False))
     return (
-        f"No worse than {title(DEFAULT)} in {among}: {'; '.join(good)}. The four steps of {title(FOUR)} are no worse on "
+        f"no worse than {title(DEFAULT)} in {among}: {'; '.join(good)}. The four steps of {title(FOUR)} are no worse on "
         f"{', '.join(holds)}; worse on {', '.join(fails) or 'none'}."
     )
 
@@ -143,7 +143,7 @@ def polynomial_table() -> str:
     for preset, row in errors.items():
         cells = [f"**{shown(e)}**" if e <= errors[DEFAULT][key] else shown(e) for key, e in row.items()]
         rows.append([title(preset), str(len(polar.COEFFICIENTS[preset[0]][1])), *cells])
-    return f"{markdown(['coefficients', 'steps', *errors[DEFAULT]], rows)}\n\n{verdict(errors, 'every column')}"
+    return f"{markdown(['coefficients', 'steps', *errors[DEFAULT]], rows)}\n\nIn float64, {verdict(errors, 'every column')}"
 
 
 # ------------------------------------------------------------------------------ orthogonality, as computed
@@ -198,7 +198,7 @@ def measured_table() -> str:
     others = "; ".join(f"{form} {shown(far[form], 0)}" for form in list(offs[key])[2:])
     ranges = {key: [f"{shown(min(v), 0)} to {shown(max(v), 0)}" for v in row.values()] for key, row in offs.items()}
     return (
-        f"{markdown(head, rows)}\n\nThe errors of the other forms differ from the exact ones by at most: {others}. In bf16: "
+        f"{markdown(head, rows)}\n\nThe errors of the other forms differ from the exact ones by at most: {others}. In bf16, "
         f"{verdict(half, 'every column')}\n\nDistance from the polynomial, least to most over these coefficients:\n\n"
         f"{markdown(['matrix', *list(offs[key])[1:]], [[key, *cells[1:]] for key, cells in ranges.items()])}"
     )
@@ -285,9 +285,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.peer:
         return print_peer(arguments.peer)
+    made = {name: table() for name, table in (CHEAP if arguments.check else TABLES).items()}
     page = PAGE.read_text()
-    for name, table in (CHEAP if arguments.check else TABLES).items():
-        new = written(page, name, table())
+    for name, table in made.items():
+        new = written(page, name, table)
         if arguments.check and new != page:
             raise SystemExit(f"table '{name}' of docs/{PAGE.name} is not current; run `make tables`")
         page = new
