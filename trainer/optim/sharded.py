@@ -52,7 +52,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self, params: Iterable[dict[str, Any]], *, spread_replicas: bool = False,
-        replicas: dist.ProcessGroup | None = None, bucket_bytes: int = 32 * 2**20,
+        replicas: dist.ProcessGroup | None = None, bucket_bytes: int = 16 * 2**20,
     ) -> None:  # fmt: skip
         self._spread, self._replicas, self._limit = spread_replicas, replicas, bucket_bytes
         self._buckets: list[tuple[int, list[Tensor], Bucket]] = []
