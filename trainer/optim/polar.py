@@ -120,7 +120,9 @@ def polar(
     dtype = dtype or precision("auto", x.device)
     work = torch.promote_types(dtype, torch.float32) if form == "gram" else dtype
     safety, steps = COEFFICIENTS[coefficients]
-    tall = x.shape[-2] > x.shape[-1]
+    rows, columns = x.shape[-2:]
+    x = aligned(x)
+    tall = rows > columns
     x = normalize(x.mT if tall else x, safety, work)  # (N, s, l)
     gram = x @ x.mT  # (N, s, s)
     if prescale == "schatten":
@@ -133,7 +135,14 @@ def polar(
         for index, (a, b, c) in enumerate(steps):
             gram = x @ x.mT if index else gram
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(dtype)
+    return (x.mT if tall else x).to(dtype)[:, :rows, :columns]
+
+
+def aligned(x: Any) -> Any:
+    """The matrices with zero rows and columns up to multiples of 8, which change nothing else of a polar factor: a
+    product may depend, in its last bits, on where its operands start within 64 bytes, so all of a batch start alike."""
+    rows, columns = x.shape[-2:]
+    return torch.nn.functional.pad(x, (0, -columns % 8, 0, -rows % 8)) if rows % 8 or columns % 8 else x
 
 
 def _gram_factor(gram: Any, steps: Steps) -> Any:
