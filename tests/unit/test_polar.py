@@ -193,12 +193,12 @@ def test_what_is_out_of_norm_is_unsound() -> None:
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_the_gram_form_is_the_standard_one(name) -> None:
-    for x in (gaussian(3, 64, 64), gaussian(3, 64, 256), power_law(64, 256, 1.0), power_law(64, 256, 1.5)):
-        expected = reference(x, name)
-        assert error(polar(x, name, torch.float64, "gram"), expected) < 1e-10
-        assert error(polar(x.float(), name, torch.float32, "gram"), expected) < 5e-5
-        # The result is rounded to the wanted precision, the iteration is not: below what half products cost.
-        assert error(polar(x.float(), name, torch.bfloat16, "gram"), expected) < 2.0**-8
+    for x in (gaussian(60, 64, 64), gaussian(3, 64, 256), power_law(64, 256, 1.0), power_law(64, 256, 1.5)):
+        for y, expected in zip(x.unsqueeze(1), reference(x, name).unsqueeze(1), strict=True):
+            assert error(polar(y, name, torch.float64, "gram"), expected) < 1e-10
+            assert error(polar(y.float(), name, torch.float32, "gram"), expected) < 2e-5
+            # The result is rounded to the wanted precision, the iteration is not: below what half products cost.
+            assert error(polar(y.float(), name, torch.bfloat16, "gram"), expected) < 2.0**-8
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
@@ -206,25 +206,13 @@ def test_a_gram_matrix_in_bf16_would_not_be(name, monkeypatch) -> None:
     """Why the form works in fp32 and a Gram matrix must never be summed in bf16: its small eigenvalues are what counts."""
     x = power_law(64, 256, 1.5)
     expected = reference(x, name)
-    assert error(polar(x.float(), name, torch.float32, "gram"), expected) < 5e-5
+    assert error(polar(x.float(), name, torch.float32, "gram"), expected) < 2e-5
     true = module._gram_factor
     monkeypatch.setattr(module, "_gram_factor", lambda gram, steps: true(gram.bfloat16().to(gram.dtype), steps))
-    assert not error(polar(x.float(), name, torch.float32, "gram"), expected) < 100 * 5e-5
+    assert not error(polar(x.float(), name, torch.float32, "gram"), expected) < 250 * 2e-5
 
 
 # Batches
-
-
-def two_dimensional(u: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """The same steps by 2-D products, one matrix at a time."""
-    safety, steps = COEFFICIENTS[name]
-    out = []
-    for x in module.normalize(u, safety, dtype):
-        for a, b, c in steps:
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        out.append(x)
-    return torch.stack(out)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -241,10 +229,5 @@ def test_a_matrix_comes_out_the_same_to_the_bit_in_any_batch(dtype, form, presca
 
 def test_two_dimensional_products_are_not_the_same_to_the_bit() -> None:
     """Why `polar` takes batches only: a lone matrix multiplied by 2-D products would depend on who owns what."""
-    differing = []
-    for shape in ((5, 7), (33, 65), (64, 64)):
-        x = gaussian(1, *shape).float()
-        batched, flat = polar(x, dtype=torch.float32), two_dimensional(x, "polar-express", torch.float32)
-        assert (batched - flat).abs().max() < 2e-5  # the same mathematics
-        differing.append(not torch.equal(batched, flat))
-    assert any(differing)
+    x = gaussian(8, 5, 7).float()
+    assert any(not torch.equal(x[i] @ x[i].T, (x @ x.mT)[i]) for i in range(8))

@@ -103,7 +103,8 @@ def polar(
         coefficients: a name in `COEFFICIENTS`.
         dtype: precision of the products; `precision("auto", x.device)` when None. Norms are taken in fp32 or wider.
         form: "standard" iterates X; "gram" iterates the s x s matrix X X^T (s the shorter side), always in fp32 or
-            wider, with one restart: fewer multiplications where the longer side is more than about twice the shorter.
+            wider, with a restart after 2 steps and then every 3: fewer multiplications where the longer side is more
+            than about twice the shorter.
         prescale: what X is divided by so that its largest singular value is at most 1: its Frobenius norm, or the
             tighter Schatten-4 norm ||X X^T||_F^(1/2), which the first product gives for free.
 
@@ -130,7 +131,8 @@ def polar(
         x, gram = scaled(x, 1 / root), scaled(gram, 1 / root.square())
     if form == "gram":
         x = _gram_factor(gram, steps[:2]) @ x
-        x = _gram_factor(x @ x.mT, steps[2:]) @ x  # the restart
+        for start in range(2, len(steps), 3):  # restarts: rounding in a Gram matrix grows with every step on it
+            x = _gram_factor(x @ x.mT, steps[start : start + 3]) @ x
     else:
         for index, (a, b, c) in enumerate(steps):
             gram = x @ x.mT if index else gram
