@@ -69,26 +69,21 @@ def test_adamw_is_torchs() -> None:
     assert torch.equal(ours, theirs)
 
 
-def test_state_round_trip_keeps_dtypes_and_continues_bit_equal() -> None:
-    def trained(steps: int, weight: nn.Parameter, optimizer: NorMuon, first: int = 0) -> None:
-        for step in range(first, first + steps):
-            weight.grad = torch.randn(8, 5, generator=torch.Generator().manual_seed(step)).to(weight.dtype)
-            optimizer.step()
-
-    a, b = (nn.Parameter(torch.ones(8, 5)) for _ in range(2))
-    one, two = NorMuon([("w", a)], lr=0.1), NorMuon([("w", b)], lr=0.5)
-    trained(3, a, one)
-    two.load_state_dict(one.state_dict())
-    assert two.param_groups[0]["lr"] == 0.1
-    b.data.copy_(a.data)
-    trained(2, a, one, 3), trained(2, b, two, 3)
-    assert torch.equal(a, b)
-    state = one.state_dict()
-    state["state"][0]["mean_square"] = state["state"][0]["mean_square"].bfloat16()
-    with pytest.raises(ValueError, match="bfloat16"):
-        two.load_state_dict(state)
-    with pytest.raises(ValueError, match="rules"):
-        AdamW([nn.Parameter(torch.ones(8, 5))]).load_state_dict(one.state_dict())
+def test_what_is_no_matrix_of_floats_is_refused() -> None:
+    weight = nn.Parameter(torch.zeros(4, 2))
+    for parameters, words in (
+        ([], "no parameters"), ([{"params": []}], "no parameters"),
+        ([("w", nn.Parameter(torch.zeros(0, 5)))], "w of shape .* has no entries"),
+        ([("w", nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64)))], "w is of torch.complex64"),
+        ([("w", nn.Parameter(torch.zeros(2, 2).to(torch.float8_e4m3fn)))], "w is of torch.float8_e4m3fn"),
+        ([{"params": [("w", weight)], "blocks": [8, -4]}], "w has 4 rows"),
+        ([{"params": [("w", weight)], "blocks": [3, 2]}], "w has 4 rows"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            NorMuon(parameters)
+    with pytest.raises(TypeError, match="iterable"):
+        NorMuon(weight)
+    assert NorMuon([{"params": []}, {"params": [weight]}]).param_groups[1]["params"] == [weight]
 
 
 def test_vectors_meta_and_unknown_names_are_refused() -> None:
