@@ -61,8 +61,9 @@ def measure(folder: Path, steps: int, rounds: int) -> None:
         count = run.derived.sequences_per_step
         rate = loop.set_learning_rate(run)
         verdict = loop.forward_backward(run, count)
-        loop.clip_gradients(run, verdict)
-        run.optimizer.step()
+        with run.groups.measure(run.step, verdict.ratio):
+            loop.clip_gradients(run, verdict)
+            run.optimizer.step()
         for parameter in run.parameters:
             parameter.grad = None
         start, run.step, run.position = run.position, run.step + 1, run.position + count
