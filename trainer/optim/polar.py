@@ -183,9 +183,10 @@ def scaled(x: Any, factor: Any) -> Any:
     return x.to(factor.dtype, copy=True).mul_(factor).to(x.dtype)
 
 
-def emptied(o: Any, bad: Any) -> Any:
-    """`o` in place with zeros for the matrices where `bad` (N, 1, 1). Faster on a CPU than to fill by a mask."""
-    return o.nan_to_num_(0.0, 0.0, 0.0).mul_(~bad)
+def scaled_or_zero(o: Any, factor: Any, bad: Any) -> Any:
+    """`scaled`, with zeros for the matrices where `bad` (N, 1, 1); works on `o` in place."""
+    finite = o.nan_to_num_(0.0, 0.0, 0.0)  # 0 x NaN is NaN; a fill by mask is three times slower on a CPU
+    return scaled(finite, factor.masked_fill(bad, 0.0))
 
 
 def flipped(x: Any) -> Any:
