@@ -78,7 +78,10 @@ def _train(folder: Path, attempt: int, flag: Flag) -> tuple[Outcome, str, dict[s
 
     config = runfolder.open_run(folder)
     run = setup.set_up(folder, config, attempt, flag)
-    outcome, message = loop.train(run)
+    try:
+        outcome, message = loop.train(run)
+    finally:
+        run.trace.close()
     run.history.close()
     distributed.stop()
     return outcome, message, {"step": run.step, "position": run.position}

@@ -7,6 +7,7 @@ File and command line go through the same validation, so both know human sizes a
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
@@ -15,6 +16,7 @@ import pydantic
 from pydantic import Discriminator, Field, TypeAdapter
 
 from trainer import registry
+from trainer.metrics.options import MetricsConfig
 from trainer.outcome import RunError
 from trainer.registry import STRICT
 from trainer.units import Count, Interval, Length, Seconds, split_interval
@@ -193,6 +195,8 @@ class RunConfig:
     """Saving."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Validation."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What is recorded, and where it is shown."""
     resources: ResourcesConfig = ResourcesConfig()
     """Ranks, threads, device."""
     finish: FinishConfig = FinishConfig()
@@ -206,8 +210,8 @@ class RunConfig:
 # Keys that may change between a save and the resume from it; every other key is part of what the run is.
 CHANGEABLE = (
     "name", "runs", "data.folder", "data.max_epochs", "train.length", "train.micro_batch_size", "train.clip_norm",
-    "train.time_limit", "train.max_bad_steps", "schedule", "parallel", "checkpoint", "evaluate", "resources", "finish",
-    "optim.lr", "optim.weight_decay", "optim.adamw.lr", "optim.adamw.weight_decay",
+    "train.time_limit", "train.max_bad_steps", "schedule", "parallel", "checkpoint", "evaluate", "metrics",
+    "resources", "finish", "optim.lr", "optim.weight_decay", "optim.adamw.lr", "optim.adamw.weight_decay",
 )  # fmt: skip
 
 _adapter: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
@@ -279,7 +283,7 @@ def _explain(error: Any, source: Source) -> RunError:
     """One validation error as a sentence. pydantic puts the union's tag into the path: what is no key is left out."""
     path, node = [], source.raw
     for element in error["loc"][:-1]:
-        if isinstance(node, dict) and element in node:
+        if (isinstance(node, dict) and element in node) or (isinstance(node, list) and isinstance(element, int)):
             node = node[element]
             path.append(str(element))
     last = str(error["loc"][-1])
@@ -311,8 +315,8 @@ def _known_keys(path: list[str], raw: Any) -> list[str]:
     schema = json_schema()
     node: Any = schema
     for element in path:
-        raw = raw[element]
-        node = _follow(node["properties"][element], schema, raw)
+        raw = raw[int(element)] if isinstance(raw, list) else raw[element]
+        node = _follow(node["items"] if "items" in node else node["properties"][element], schema, raw)
     return list(node.get("properties", ()))
 
 
@@ -345,9 +349,20 @@ def _check(config: RunConfig, source: Source) -> None:
         raise RunError(
             "model.config.model_type is missing", where=source.where("model.config"), mend="add it, e.g. llama"
         )
-    if split_interval(config.evaluate.every)[1] != "steps":
-        raise RunError(
-            f"evaluate.every is '{config.evaluate.every}'",
-            where=source.where("evaluate.every"),
-            mend="give it in steps: validation by the clock would not repeat bit for bit",
-        )
+    for key, interval in (
+        ("evaluate.every", config.evaluate.every),
+        ("metrics.groups_every", config.metrics.groups_every),
+    ):
+        if interval is not None and split_interval(interval)[1] != "steps":
+            raise RunError(
+                f"{key} is '{interval}'",
+                where=source.where(key),
+                mend="give it in steps: what goes by the clock would not repeat bit for bit",
+            )
+    for key, value in flatten(resolved(config)).items():
+        if re.search(r"://[^/\s@]*:[^/\s@]*@", str(value)):
+            raise RunError(
+                f"{key} holds credentials, which would be kept in the run folder",
+                where=source.where(key),
+                mend="leave them out and give them through the environment (docs/metrics.md)",
+            )

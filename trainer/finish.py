@@ -8,7 +8,7 @@ from trainer import runfolder
 from trainer.checkpoint import export as exports
 from trainer.checkpoint import manifest as manifests
 from trainer.evaluate.generate import generate
-from trainer.metrics.figure import loss_figure
+from trainer.metrics.figure import loss_figure, throughput_figure
 from trainer.metrics.history import read
 
 
@@ -18,9 +18,10 @@ def finish(run: Path) -> None:
     newest = manifests.generations(run / "checkpoints")[0]
     manifest = manifests.verify(newest)
     print(f"checkpoint  {newest}: {len(manifest.files)} files, {len(manifest.tensors)} tensors, every SHA-256 right")
-    figure = run / "figures" / "loss.png"
-    loss_figure(run / "metrics.jsonl", figure, config.name, _unigram(run))
-    print(f"figure      {figure}")
+    figures = run / "figures"
+    loss_figure(run / "metrics.jsonl", figures / "loss.png", config.name, _unigram(run))
+    throughput_figure(run / "metrics.jsonl", figures / "throughput.png", config.name)
+    print(f"figures     {figures / 'loss.png'}, {figures / 'throughput.png'}")
     if config.finish.export:
         folder, fresh = exports.newest_export(run)
         print(f"export      {folder}: {'logits equal to the trainer' if fresh else 'made before'}")

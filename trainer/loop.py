@@ -25,14 +25,16 @@ from trainer.units import split_interval
 def train(run: Run) -> tuple[Outcome, str]:
     """Train to the end, to the end of the data, to a signal, to the time limit, or to divergence; save at each of them."""
     while run.position < run.derived.available:
+        run.trace.at(run.step + 1)
         began = time.monotonic()
         count = min(run.derived.sequences_per_step, run.derived.available - run.position)
         rate = set_learning_rate(run)
         verdict = forward_backward(run, count)
         report_rejected(run, verdict.rejected)
         if verdict.finite:
-            clip_gradients(run, verdict)
-            run.optimizer.step()
+            with run.groups.measure(run.step, verdict.ratio):
+                clip_gradients(run, verdict)
+                run.optimizer.step()
             run.bad_steps = 0
         else:
             skip(run, verdict, count)
@@ -81,7 +83,9 @@ def forward_backward(run: Run, count: int) -> Verdict:
     torch.manual_seed(module_seed(run.config.seed, f"step {run.step} rank {distributed.rank()}"))  # dropout
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     tokens = 0
+    asked = time.monotonic()
     micro_batches = run.batches.at(run.position, count)
+    run.data_seconds = time.monotonic() - asked
     for index, (inputs, targets) in enumerate(micro_batches):
         tokens += token_count(targets)
         run.strategy.synchronize_gradients(run.model, run.config.parallel, last=index == len(micro_batches) - 1)
@@ -149,6 +153,8 @@ def record(run: Run, verdict: Verdict, start: int, count: int, rate: float, seco
         tokens=verdict.tokens,
         tokens_per_second=round(verdict.tokens / seconds, 1),
         seconds=round(seconds, 4),
+        data_seconds=round(run.data_seconds, 4),
+        **run.groups.take(),
     )
     run.progress.step(run.step, verdict.loss, verdict.loss / math.log(2) * density, verdict.tokens / seconds)
 
@@ -159,7 +165,11 @@ def validate(run: Run) -> None:
     if distributed.rank() == 0:
         value = bits_per_byte(loss, tokens, count)
         run.history.write(
-            step=run.step, position=run.position, validation_loss=loss, validation_bits_per_byte=value, tokens=tokens
+            step=run.step,
+            position=run.position,
+            validation_loss=loss,
+            validation_bits_per_byte=value,
+            validation_tokens=tokens,
         )
         share = value / run.table.facts["unigram_bits_per_byte"]
         run.progress.say(

@@ -48,7 +48,10 @@ def _section(prefix: str, node: Any, schema: Any, lines: list[str]) -> None:
         elif "$ref" in value:
             inner.append((path, _resolve(value, schema)))
         else:
-            default = f"`{json.dumps(value['default'])}`" if "default" in value else "required"
+            empty = "required" if key in node.get("required", ()) else "`[]`" if "items" in value else "`{}`"
+            default = f"`{json.dumps(value['default'])}`" if "default" in value else empty
+            mapping = value.get("items", {}).get("discriminator", {}).get("mapping", {})
+            inner += [(f"{path} (name: {name})", _resolve({"$ref": ref}, schema)) for name, ref in mapping.items()]
             lines.append(f"| `{path}` | {default} | {_one_line(value.get('description', ''))} |")
     for name, child in inner:
         _section(name, child, schema, lines)

@@ -137,6 +137,9 @@ def versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
+    """The commit of this program: told by the image it runs from, or by git."""
+    if os.environ.get("ORTHOGON_COMMIT"):
+        return os.environ["ORTHOGON_COMMIT"]
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -19,13 +19,16 @@ from trainer.config import RunConfig
 from trainer.data.batches import Batches
 from trainer.derive import Derived, derive
 from trainer.guard.signals import Flag
-from trainer.metrics import history
+from trainer.metrics import follow, history
+from trainer.metrics.groups import GroupMetrics
 from trainer.metrics.history import History
 from trainer.metrics.progress import Progress
+from trainer.metrics.trace import Trace
 from trainer.model.build import architecture, blocks, build, parameter_count
 from trainer.model.init import initialize
 from trainer.optim import build_optimizer
 from trainer.outcome import RunError
+from trainer.units import split_interval
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Run:
     batches: Batches
     validation: Batches
     history: History
+    groups: GroupMetrics
+    trace: Trace
     progress: Progress
     started: float = field(default_factory=time.monotonic)
     saved_at: float = field(default_factory=time.monotonic)
@@ -55,6 +60,7 @@ class Run:
     position: int = 0
     bad_steps: int = 0
     skipped: list[list[int]] = field(default_factory=list)
+    data_seconds: float = 0.0
 
     @property
     def checkpoints(self) -> Path:
@@ -98,6 +104,9 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
     device = distributed.start(config.resources)
     rank, world = distributed.rank(), distributed.world()
     progress = Progress(rank == 0, 0)
+    distributed.together(lambda: follow.check(config))
+    trace_folder = folder / "profile" / str(attempt)
+    trace = distributed.together(lambda: Trace(config.metrics, trace_folder, rank, device, progress.say))
     table = open_data(config, folder, progress)
     derived = distributed.together(lambda: derive(config, world, table.train.sequences))
     model, strategy = distributed.together(lambda: sharded_model(config, table.facts, device, world))
@@ -120,16 +129,35 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
         batches=Batches(table.train, config.data.order_seed, rank, world, derived.rows, derived.micro_steps),
         validation=Batches(table.validation, None, rank, world, rows, 1),
         history=History(None),
+        groups=group_metrics(config, optimizer, table.train.sequences / derived.sequences_per_step),
+        trace=trace,
         progress=progress,
     )
     progress.steps = derived.steps
     restore(run)
     if rank == 0:
-        run.history = History(folder / "metrics.jsonl")
+        run.history = open_history(run)
         facts = {key: table.facts[key] for key in ("python", "corpus_digest", "unigram_bits_per_byte")}
         runfolder.record_event(folder, "data", table=str(table.folder), **facts, **data_identity(table))
     describe(run)
     return run
+
+
+def group_metrics(config: RunConfig, optimizer: Any, steps_per_epoch: float) -> GroupMetrics:
+    """What is measured of each parameter group, at the configured interval."""
+    interval = config.metrics.groups_every
+    return GroupMetrics(optimizer, int(split_interval(interval)[0]) if interval else None, steps_per_epoch)
+
+
+def open_history(run: Run) -> History:
+    """The history, followed by the configured sinks. Rank 0 only."""
+
+    def tell(text: str) -> None:
+        run.progress.say(text)
+        runfolder.record_event(run.folder, "sink", message=text)
+
+    path = run.folder / "metrics.jsonl"
+    return History(path, follow.follow(run.config, run.folder, run.step, history.read(path), tell))
 
 
 def open_data(config: RunConfig, folder: Path, progress: Progress) -> Any:

@@ -16,7 +16,7 @@ from trainer.guard.signals import Flag
 from trainer.guard.verdict import agree
 from trainer.outcome import RunError
 
-UNSTABLE = ("seconds", "tokens_per_second")
+UNSTABLE = ("seconds", "data_seconds", "tokens_per_second")
 
 
 class StopAt(Flag):
@@ -57,6 +57,7 @@ def train(
     if poison is not None and dist.get_rank() == 0:
         _poison(run, poison)
     outcome, message = loop.train(run)
+    run.trace.close()
     run.history.close()
     history = (config.folder / "metrics.jsonl").read_text().splitlines()
     records = [{k: v for k, v in json.loads(line).items() if k not in UNSTABLE} for line in history]
