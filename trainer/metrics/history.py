@@ -8,6 +8,9 @@ from typing import Any
 
 from trainer.files import write_text
 
+# What depends on the clock; all else of a record repeats bit for bit.
+TIMINGS = ("seconds", "tokens_per_second")
+
 
 class History:
     """Appends records; `None` as path (ranks other than 0) writes nothing."""
@@ -36,6 +39,11 @@ def read(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return records
+
+
+def lasting(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without its timings: what an equal run repeats."""
+    return {key: value for key, value in record.items() if key not in TIMINGS}
 
 
 def cut(path: Path, step: int) -> None:
