@@ -106,6 +106,8 @@ def generate(arguments: Namespace, overrides: list[str]) -> None:
             print(piece, end="" if text is None else "\n", flush=True)
         elif text is not None:
             print(("" if index == 0 else "\n") + text.prompt + text.continuation, flush=True)
+        if text is not None and text.cut:
+            print(f"[the first {text.cut} tokens of the prompt were left out: the model takes {room}]", file=sys.stderr)
         if text is not None and text.ended == "context":
             print(f"[stopped after {text.tokens} tokens: the model takes {room} in all]", file=sys.stderr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer.config import RunConfig
 from trainer.derive import derive
 from trainer.outcome import RunError
 from trainer.schedule import factor
+from trainer.units import split_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,17 @@ class Branch:
     """The new run's name."""
     from_step: int | None = None
     """The step of the checkpoint; none takes the newest."""
+    cooldown: Annotated[str | None, arg(metavar="LENGTH")] = None
+    """Let the learning rate fall from the checkpoint on, e.g. "100 steps" or "1B tokens", and end there: sets train.length
+    and schedule.decay, and the schedule to wsd if it is neither that nor 1-sqrt."""
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
         source, old = process.opened(self.run, self.runs)
-        _, new = process.opened(self.run, self.runs, [*overrides, f"--name={self.name}", f"--runs={self.runs}"])
         checkpoint, manifest = manifests.pick(source, self.from_step)
+        if self.cooldown is not None:
+            overrides = [*overrides, *cooldown(self.cooldown, manifest, old, overrides)]
+        _, new = process.opened(self.run, self.runs, [*overrides, f"--name={self.name}", f"--runs={self.runs}"])
         steps = check_length(manifest, new)
         folder = runfolder.create(new, runfolder.command_line(), manifests.lineage(source, manifest))
         try:
@@ -59,6 +66,27 @@ class Branch:
             show_rate(config, manifest)
         print(f"go on with: orthogon resume {process.reference(new.name, self.runs)}")
         return 0
+
+
+def cooldown(length: str, manifest: manifests.Manifest, config: RunConfig, overrides: list[str]) -> list[str]:
+    """The overrides that let the rate fall over `length` from the checkpoint on.
+
+    Raises:
+        RunError: it is no length, or an override says something else.
+    """
+    for key in ("train.length", "schedule.decay", "schedule.name"):
+        if any(given.startswith(f"--{key}=") for given in overrides):
+            raise RunError(f"--cooldown sets {key}", where=f"command line, --{key}", mend="leave one of the two out")
+    try:
+        number, unit = split_length(length)
+    except ValueError as error:
+        raise RunError(str(error), where="command line, --cooldown", mend='e.g. --cooldown="100 steps"') from None
+    per_step = config.train.tokens_per_step // config.data.sequence_length
+    sequences = {"tokens": number / config.data.sequence_length, "epochs": number * manifest.state["data"]["sequences"]}
+    steps = max(1, math.ceil(number if unit == "steps" else sequences[unit] / per_step))
+    total = manifest.step + steps
+    found = [f"--train.length={total} steps", f"--schedule.decay={steps / total!r}"]
+    return found if config.schedule.name in ("wsd", "1-sqrt") else [*found, "--schedule.name=wsd"]
 
 
 def check_length(manifest: manifests.Manifest, config: RunConfig) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from launch import process
-from launch.verbs.options import Json, RunName, Runs, Step
+from launch.verbs.options import Json, RunName, Runs, Step, weights
 from trainer.checkpoint import manifest as manifests
 from trainer.outcome import Outcome, RunError
 
@@ -86,8 +86,7 @@ class Export:
 
     def __call__(self, overrides: list[str]) -> int:
         folder, _ = process.opened(self.run, self.runs)
-        options = [f"--step={self.step}"] if self.step is not None else []
-        options += [f"--to={self.to}"] if self.to is not None else []
+        options = [*weights(folder, self.step, None), *_target(self.to)]
         return process.task("export", str(folder), *options)
 
 
@@ -118,9 +117,22 @@ class Average:
         if not 0 < decay < 1:
             raise RunError(f"--decay is {decay:g}", where="command line", mend="it must be between 0 and 1")
         options = [f"--decay={decay}"] if self.rule == "ema" else []
-        options += [f"--to={self.to}"] if self.to is not None else []
+        options += _target(self.to)
+        for step in self.steps:
+            manifests.find(folder, step)
         options += ["--steps", *map(str, self.steps)] if self.steps else []
         return process.task("average", str(folder), *options)
+
+
+def _target(folder: Path | None) -> list[str]:
+    """The option of a task that names its new folder.
+
+    Raises:
+        RunError: the folder exists; torch is not loaded to say so.
+    """
+    if folder is not None and folder.exists():
+        raise RunError(f"{folder} exists", where="command line, --to", mend="choose another folder")
+    return [] if folder is None else [f"--to={folder}"]
 
 
 def _facts(path: Path) -> dict[str, Any]:

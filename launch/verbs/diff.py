@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import math
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -62,7 +63,8 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 def environment(folder: Path) -> dict[str, Any]:
     """What a run ran with: versions, commit, command, the latest identity of its data, where it came from."""
     record = runfolder.read_record(folder)
-    facts = {key: record.get(key) for key in ("git_commit", "python", "versions", "command", "lineage")}
+    facts = {key: record.get(key) for key in ("git_commit", "python", "versions", "lineage")}
+    facts["command"] = shlex.join(record.get("command", []))
     for event in runfolder.events(folder):
         if event["event"] == "data":
             facts["data"] = {key: value for key, value in event.items() if key not in ("time", "event", "table")}
@@ -72,19 +74,22 @@ def environment(folder: Path) -> dict[str, Any]:
 def common(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Loss and validation bits per byte at up to `ROWS` steps that both runs have, the last one among them.
 
-    Steps at which both were validated come first; without one, steps are evenly spaced.
+    These are steps at which both were validated; where those are few, others lie between them.
     """
     rows = [by_step(records) for records in (first, second)]
     steps = sorted(rows[0].keys() & rows[1].keys())
     validated = [s for s in steps if all("validation_bits_per_byte" in side[s] for side in rows)]
-    pool = validated or steps
-    if not pool:
-        return []
-    last = {steps[-1]} if steps else set()
-    count = min(ROWS - len(last - set(pool)), len(pool))
-    chosen = {pool[round((i + 1) * len(pool) / count) - 1] for i in range(count)} | last
+    chosen = set(_spread(validated, ROWS - 1)) | set(steps[-1:])
+    if len(chosen) < ROWS // 2:
+        chosen |= set(_spread([s for s in steps if s not in chosen], ROWS - len(chosen)))
     keys = ("loss", "validation_bits_per_byte")
     return [{"step": s, **{key: [side[s].get(key) for side in rows] for key in keys}} for s in sorted(chosen)]
+
+
+def _spread(steps: list[int], count: int) -> list[int]:
+    """At most `count` of the steps, evenly spaced, the last one among them."""
+    count = min(count, len(steps))
+    return [steps[round((i + 1) * len(steps) / count) - 1] for i in range(count)]
 
 
 def by_step(records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -141,9 +146,8 @@ def show(found: dict[str, Any]) -> None:
         print("\nall records of common steps are equal (timings left out)")
     else:
         before = difference["equal_before"]
-        print(
-            f"\nfirst difference: step {difference['step']}; {before} common steps before it are equal (timings left out)"
-        )
+        equal = f"{before:,} common steps before it are equal" if before else "the first that both have"
+        print(f"\nfirst difference: step {difference['step']:,}, {equal} (timings left out)")
         _show_pairs(difference["values"])
 
 
@@ -167,4 +171,4 @@ def _show_pairs(pairs: dict[str, list[Any]]) -> None:
 def _text(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value):
         return value[:12]  # a digest
-    return "(none)" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "(none)" if value is None else json_format.dumps(value) if isinstance(value, list) else str(value)

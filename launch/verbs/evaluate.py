@@ -49,7 +49,10 @@ class Evaluate:
             )
         if (self.lm_eval_folder is not None or self.limit is not None) and not self.lm_eval:
             raise RunError("no lm-eval task is named", where="command line", mend="add --lm-eval TASK")
-        chosen = weights(self.step, self.export)
+        for task in self.tasks:
+            if not task.is_file():
+                raise RunError(f"there is no task {task}", where="command line, --tasks", mend="check the path")
+        chosen = weights(folder, self.step, self.export)
         tasks = ["--tasks", *map(str, self.tasks)] if self.tasks else []
         found = torchrun.answer(config, "evaluate", str(folder), *chosen, *overrides, *tasks)
         if self.lm_eval:
@@ -87,4 +90,4 @@ def show(found: dict[str, Any]) -> None:
     for name, metrics in found.get("lm_eval", {}).items():
         print(f"\nlm-eval {name}")
         for metric, value in metrics.items():
-            print(f"  {metric:24} {f'{value:.4f}' if isinstance(value, float) else value}")
+            print(f"  {metric:24} {f'{value:.4f}' if isinstance(value, float) else f'{value:,}'}")

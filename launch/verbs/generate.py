@@ -59,7 +59,7 @@ class Generate:
                 value = getattr(self, name.replace("-", "_"))
                 raise RunError(f"--{name} is {value}", where="command line", mend=f"it must be {must}")
         return process.task(
-            "generate", str(folder), *weights(self.step, self.export), *(f"--prompt={prompt}" for prompt in self.prompt),
+            "generate", str(folder), *weights(folder, self.step, self.export), *(f"--prompt={prompt}" for prompt in self.prompt),
             *([f"--prompts={self.prompts}"] if self.prompts is not None else []),
             f"--tokens={self.tokens}", f"--temperature={self.temperature}", f"--top-p={self.top_p}",
             *([f"--top-k={self.top_k}"] if self.top_k is not None else []), f"--seed={self.seed}",

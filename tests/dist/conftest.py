@@ -50,7 +50,7 @@ data: {{path: "{folder}/corpus.txt", folder: "{folder}/prepared", documents: par
 train: {{length: 20 steps, tokens_per_step: 128, micro_batch_size: 2}}
 optim: {{name: normuon, lr: 0.01, polar_dtype: fp32}}
 schedule: {{name: wsd, warmup: 0.1, decay: 0.3}}
-parallel: {{name: fsdp2}}
+parallel: {{name: fsdp2, reshard_after_forward: false}}
 checkpoint: {{every: 5 steps, keep: 4}}
 evaluate: {{every: 5 steps, tokens: 6, prompts: ["the sea", "of"]}}
 resources: {{device: cpu, ranks: 2}}

@@ -15,9 +15,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from trainer import config as configuration
 from trainer.checkpoint import manifest as manifests
-from trainer.checkpoint.export import initial_model, refuse_existing, write
+from trainer.checkpoint.export import refuse_existing, unfilled_model, write
 from trainer.checkpoint.manifest import Manifest
 from trainer.outcome import RunError
 from trainer.setup import model_tensors
@@ -55,7 +54,7 @@ def average_checkpoints(
     refuse_existing(target)
     sources = [manifests.pick(run, step) for step in chosen]
     shares = weights_of(len(chosen), decay)
-    model = initial_model(run, configuration.parse(sources[-1][1].config))
+    model = unfilled_model(run, sources[-1][1])
     tensors = model_tensors(model)
     _check(tensors, sources)
     for name, tensor in tensors.items():

@@ -13,7 +13,6 @@ from trainer import config as configuration
 from trainer import runfolder
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.load import load
-from trainer.config import RunConfig
 from trainer.files import fsync_folder, write_json
 from trainer.model.build import architecture, build
 from trainer.model.init import initialize
@@ -69,13 +68,14 @@ def write(model: Any, run: Path, target: Path, records: dict[str, Any] | None = 
 
 def restored_model(run: Path, checkpoint: Path, manifest: manifests.Manifest) -> Any:
     """The trainer's own model in one process, with the checkpoint's weights."""
-    model = initial_model(run, configuration.parse(manifest.config))
+    model = unfilled_model(run, manifest)
     load(checkpoint, manifest, model_tensors(model), prefix="model.")
     return model
 
 
-def initial_model(run: Path, config: RunConfig) -> Any:
-    """The trainer's own model in one process, with its initial weights."""
+def unfilled_model(run: Path, manifest: manifests.Manifest) -> Any:
+    """The trainer's own model in one process, its weights still to be loaded."""
+    config = configuration.parse(manifest.config)
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer", local_files_only=True)
     shape = architecture(
         config.model,

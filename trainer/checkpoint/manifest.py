@@ -132,11 +132,11 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def pick(run: Path, step: int | None = None) -> tuple[Path, Manifest]:
-    """The verified generation of a step of the run in `run`, or the newest; unlike a resume it moves nothing.
+def find(run: Path, step: int | None = None) -> Path:
+    """The generation of a step of the run in `run`, or the newest; not verified.
 
     Raises:
-        RunError: there is none, or it is damaged: then a tool does not take another one by itself.
+        RunError: there is none.
     """
     known = generations(run / "checkpoints")
     if not known:
@@ -147,9 +147,20 @@ def pick(run: Path, step: int | None = None) -> tuple[Path, Manifest]:
         raise RunError(
             f"run {run.name} has no checkpoint of step {step}", where=str(run / "checkpoints"), mend=f"steps: {steps}"
         )
+    return folder
+
+
+def pick(run: Path, step: int | None = None) -> tuple[Path, Manifest]:
+    """The verified generation of a step of the run in `run`, or the newest; unlike a resume it moves nothing.
+
+    Raises:
+        RunError: there is none, or it is damaged: then a tool does not take another one by itself.
+    """
+    folder = find(run, step)
     try:
         return folder, verify(folder)
     except Damaged as damage:
+        known = generations(folder.parent)
         others = ", ".join(str(step_of(path)) for path in reversed(known) if path != folder) or "none"
         raise RunError(
             f"{folder.name} is damaged: {damage}",

@@ -53,10 +53,15 @@ def harness(
         )
     model = HFLM(pretrained=exported_model(folder), tokenizer=tokenizer, add_bos_token=bool(marker) or None)
     found = lm_eval.simple_evaluate(
-        model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=0
+        model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
     )
     results: dict[str, Any] = found["results"]
     return {
         "export": str(folder),
-        "tasks": {name: {k: v for k, v in values.items() if k != "alias"} for name, values in results.items()},
+        "tasks": {name: _numbers(values) for name, values in results.items()},
     }
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """A task's metrics, without the `,none` that lm-eval writes behind those that no filter has touched."""
+    return {key.removesuffix(",none"): v for key, v in values.items() if isinstance(v, (int, float))}

@@ -18,28 +18,19 @@ def bits_per_byte(loss: float, tokens: int, count: int) -> float:
 
 @torch.no_grad()
 def validation_loss(run: Any) -> tuple[float, int, int]:
-    """(mean loss in nats, tokens, bytes) over the validation sequences, or the first `evaluate.sequences` of them.
-
-    A batch holds the same rows on any number of ranks, whole batches go round the ranks, and their losses are added
-    without rounding: equal weights give an equal result, to the bit where the arithmetic of a batch is.
-    """
+    """(mean loss in nats, tokens, bytes) over the validation sequences, or the first `evaluate.sequences` of them."""
     total = run.table.validation.sequences
     total = min(total, run.config.evaluate.sequences or total)
-    rows = run.validation.rows
-    portion = distributed.world() * rows
-    losses = [0.0] * -(-total // rows)
-    tokens = 0
+    portion = distributed.world() * run.config.train.micro_batch_size
     run.model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
     for start in range(0, total, portion):
         count = min(portion, total - start)
         for inputs, targets in run.validation.at(start, count):
             with run.strategy.forward_context(run.config.train.precision, run.device):
                 loss = summed_loss(run.model, inputs.to(run.device), targets.to(run.device))
-            number = start // rows + distributed.rank()
-            if number < len(losses):
-                losses[number] = float(loss)
-            tokens += token_count(targets)
+            sums += torch.tensor([float(loss), token_count(targets)], dtype=torch.float64)
     run.model.train()
     run.strategy.settle(run.model)
-    *losses, tokens = distributed.sum_over_ranks([*losses, float(tokens)], run.device)
-    return math.fsum(losses) / max(tokens, 1.0), int(tokens), run.validation.bytes(0, total)
+    loss_sum, tokens = distributed.sum_over_ranks(sums.tolist(), run.device)
+    return loss_sum / max(tokens, 1.0), int(tokens), run.validation.bytes(0, total)

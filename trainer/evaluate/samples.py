@@ -43,6 +43,6 @@ class Samples:
         if distributed.rank() == 0:
             history = History(self.path)
             for text in texts:
-                history.write(step=run.step, **vars(text))
+                history.write(step=run.step, prompt=text.prompt, continuation=text.continuation)
                 run.progress.say(f"step {run.step}: {text.prompt}{text.continuation}")
             history.close()

@@ -43,6 +43,8 @@ def evaluate(
         RunError: on all ranks alike: no such checkpoint, a task that cannot be read, other data than the run's.
     """
     device = distributed.start(config.resources)
+    shown = Progress(distributed.rank() == 0, 0)
+    shown.stage("reading the data")
     rank, world = distributed.rank(), distributed.world()
     questions = distributed.on_rank_zero(lambda: {str(path): read_questions(path) for path in tasks})
     table = setup.open_data(config, folder, Progress(False, 0))
@@ -57,6 +59,7 @@ def evaluate(
         distributed.together(lambda: fill(model, export))
         source = {"export": str(export)}
     rows = config.train.micro_batch_size
+    shown.stage("validation loss")
     run = Evaluation(config, table, model, strategy, Batches(table.validation, None, rank, world, rows, 1), device)
     loss, tokens, count = validation_loss(run)
     value = bits_per_byte(loss, tokens, count)
@@ -74,6 +77,7 @@ def evaluate(
         answer["tasks"] = {}
         stems = [path.stem for path in tasks]
         for name, some in questions.items():
+            shown.stage(f"task {name}")
             short = name if stems.count(Path(name).stem) > 1 else Path(name).stem
             answer["tasks"][short] = distributed.together(
                 lambda some=some: score(
@@ -81,6 +85,7 @@ def evaluate(
                     context=lambda: strategy.forward_context(config.train.precision, device),
                 )
             )  # fmt: skip
+    shown.stage("")
     return answer
 
 

@@ -24,6 +24,8 @@ class Text:
     """New tokens."""
     ended: str
     """Why it stops: `end of text`, `tokens` (as many as were asked for) or `context` (the model takes no more)."""
+    cut: int
+    """Tokens at the beginning of the prompt that the model did not get, because they left it no room."""
 
 
 def load_tokenizer(run: Path) -> Any:
@@ -69,8 +71,8 @@ def generate(
     """
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
-        ids = [encode(tokenizer, prompt) for prompt in some]
-        ids = [row if len(row) < room else row[-(room // 2) :] for row in ids]
+        full = [encode(tokenizer, prompt) for prompt in some]
+        ids = [row if len(row) < room else row[-(room // 2) :] for row in full]
         stream = continuations(
             model, ids, sampling,
             seeds=[module_seed(sampling.seed, f"prompt {first + i}") for i in range(len(some))],
@@ -89,9 +91,9 @@ def generate(
         for i, prompt in enumerate(some):
             text = _continuation(tokenizer, ids[i], new[i])
             yield first + i, text[len(told[i]) :], None
-            full = len(new[i]) == sampling.tokens
-            ended = "tokens" if full else "context" if len(ids[i]) + len(new[i]) == room else "end of text"
-            yield first + i, "", Text(prompt, text, len(new[i]), ended)
+            done = len(new[i]) == sampling.tokens
+            ended = "tokens" if done else "context" if len(ids[i]) + len(new[i]) == room else "end of text"
+            yield first + i, "", Text(prompt, text, len(new[i]), ended, len(full[i]) - len(ids[i]))
 
 
 def _continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:

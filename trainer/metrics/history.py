@@ -8,8 +8,8 @@ from typing import Any
 
 from trainer.files import write_text
 
-# What depends on the clock; all else of a record repeats bit for bit.
-TIMINGS = ("seconds", "tokens_per_second")
+# How the names of what depends on the clock end; all else of a record repeats bit for bit.
+TIMINGS = ("seconds", "per_second", "mfu")
 
 
 class History:
@@ -43,7 +43,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def lasting(record: dict[str, Any]) -> dict[str, Any]:
     """A record without its timings: what an equal run repeats."""
-    return {key: value for key, value in record.items() if key not in TIMINGS}
+    return {key: value for key, value in record.items() if not key.endswith(TIMINGS)}
 
 
 def cut(path: Path, step: int) -> None:
