@@ -135,13 +135,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """When to measure the validation loss, and on how much."""
+    """When to measure the validation loss, on how much, and which samples to write."""
 
     __pydantic_config__ = STRICT
     every: Interval = "500 steps"
     """Interval between validations, in steps; the end of a run always validates."""
     sequences: Positive | None = None
     """First so many validation sequences; none takes all."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that the model continues at every validation, into `samples.jsonl`; the run is bit-equal with and without."""
+    tokens: Positive = 64
+    """Most tokens that a prompt is continued by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,11 +285,14 @@ def _validate(source: Source) -> RunConfig:
 
 def _explain(error: Any, source: Source) -> RunError:
     """One validation error as a sentence. pydantic puts the union's tag into the path: what is no key is left out."""
-    path, node = [], source.raw
+    path, node, tag = [], source.raw, None
     for element in error["loc"][:-1]:
-        if (isinstance(node, dict) and element in node) or (isinstance(node, list) and isinstance(element, int)):
+        if element == tag:  # optim.adamw in a section whose name is adamw is no key
+            tag = None
+        elif (isinstance(node, dict) and element in node) or (isinstance(node, list) and isinstance(element, int)):
             node = node[element]
             path.append(str(element))
+            tag = node.get("name") if isinstance(node, dict) else None
     last = str(error["loc"][-1])
     here = ".".join([*path, last])
     kind, context = error["type"], error.get("ctx", {})

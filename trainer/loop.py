@@ -160,7 +160,7 @@ def record(run: Run, verdict: Verdict, start: int, count: int, rate: float, seco
 
 
 def validate(run: Run) -> None:
-    """Validation loss over all ranks, into history and onto the screen."""
+    """Validation loss over all ranks, into history and onto the screen, and text samples if prompts are given."""
     loss, tokens, count = validation_loss(run)
     if distributed.rank() == 0:
         value = bits_per_byte(loss, tokens, count)
@@ -175,6 +175,7 @@ def validate(run: Run) -> None:
         run.progress.say(
             f"step {run.step}: validation loss {loss:.4f}, {value:.4f} bits per byte, {share:.1%} of the unigram entropy"
         )
+    run.samples.take(run)
 
 
 def checkpoint(run: Run) -> None:

@@ -16,12 +16,15 @@ import yaml
 
 from trainer import config as configuration
 from trainer.config import RunConfig
-from trainer.files import digest, write_json, write_text
+from trainer.files import digest, read_json, write_json, write_text
 from trainer.outcome import Outcome, RunError
 
 
-def create(config: RunConfig, command: list[str]) -> Path:
+def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None = None) -> Path:
     """Make the folder of a new run with `config.yaml` and `run.json`.
+
+    Args:
+        lineage: the run and the checkpoint that it starts from, if it does.
 
     Raises:
         RunError: a run of this name exists, or the folder cannot be written.
@@ -53,7 +56,7 @@ def create(config: RunConfig, command: list[str]) -> Path:
         "command": command,
         "python": platform.python_version(),
         "versions": versions(),
-        "lineage": {},
+        "lineage": lineage or {},
     }
     write_json(folder / "run.json", record)
     return folder
@@ -79,9 +82,24 @@ def open_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
             mend=f"runs there: {', '.join(siblings)}" if siblings else "check the name, or give --runs=FOLDER",
         )
     plain = configuration.load(folder / "config.yaml")
+    if not overrides:
+        return plain
     config = configuration.load(folder / "config.yaml", overrides)
     configuration.check_resume(configuration.resolved(plain), configuration.resolved(config))
     return config
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `run.json` says.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        record: dict[str, Any] = read_json(folder / "run.json")
+    except (OSError, ValueError) as error:
+        raise RunError(f"run.json cannot be read: {error}", where=str(folder), mend="restore the file") from None
+    return record
 
 
 def new_attempt(folder: Path) -> int:

@@ -18,6 +18,7 @@ from trainer.checkpoint.load import load, newest_verified
 from trainer.config import RunConfig
 from trainer.data.batches import Batches
 from trainer.derive import Derived, derive
+from trainer.evaluate.samples import Samples
 from trainer.guard.signals import Flag
 from trainer.metrics import follow, history
 from trainer.metrics.groups import GroupMetrics
@@ -49,6 +50,7 @@ class Run:
     names: dict[Any, str]
     batches: Batches
     validation: Batches
+    samples: Samples
     history: History
     groups: GroupMetrics
     trace: Trace
@@ -128,6 +130,7 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
         names={parameter: name for name, parameter in model.named_parameters()},
         batches=Batches(table.train, config.data.order_seed, rank, world, derived.rows, derived.micro_steps),
         validation=Batches(table.validation, None, rank, world, rows, 1),
+        samples=Samples(folder, config.evaluate.prompts, config.evaluate.tokens, config.seed),
         history=History(None),
         groups=group_metrics(config, optimizer, table.train.sequences / derived.sequences_per_step),
         trace=trace,
@@ -213,7 +216,8 @@ def restore(run: Run) -> None:
             for key, (before, after) in changed.items():
                 run.progress.say(f"changed since the save: {key} from {before!r} to {after!r}")
     if distributed.rank() == 0:
-        history.cut(run.folder / "metrics.jsonl", run.step)
+        for file in (run.folder / "metrics.jsonl", run.samples.path):
+            history.cut(file, run.step)
 
 
 def check_data(manifest: manifests.Manifest, identity: dict[str, Any]) -> None:

@@ -14,9 +14,8 @@ from trainer import config as configuration
 from trainer import loop, runfolder, setup
 from trainer.guard.signals import Flag
 from trainer.guard.verdict import agree
+from trainer.metrics.history import lasting
 from trainer.outcome import RunError
-
-UNSTABLE = ("seconds", "data_seconds", "tokens_per_second")
 
 
 class StopAt(Flag):
@@ -60,7 +59,7 @@ def train(
     run.trace.close()
     run.history.close()
     history = (config.folder / "metrics.jsonl").read_text().splitlines()
-    records = [{k: v for k, v in json.loads(line).items() if k not in UNSTABLE} for line in history]
+    records = [lasting(json.loads(line)) for line in history]
     return {
         "outcome": outcome.value,
         "message": message,

@@ -1,0 +1,110 @@
+"""`orthogon evaluate`: a checkpoint's validation loss and its accuracy on multiple-choice tasks, on any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import distributed, setup
+from trainer.checkpoint import manifest as manifests
+from trainer.checkpoint.export import exported_model
+from trainer.checkpoint.load import load
+from trainer.config import RunConfig
+from trainer.data.batches import Batches
+from trainer.evaluate.choices import read_questions, score
+from trainer.evaluate.loss import bits_per_byte, validation_loss
+from trainer.evaluate.text import load_tokenizer
+from trainer.metrics.progress import Progress
+from trainer.model.init import initialize, place
+from trainer.outcome import RunError
+
+
+@dataclass
+class Evaluation:
+    """What `validation_loss` needs of a run."""
+
+    config: RunConfig
+    table: Any
+    model: Any
+    strategy: Any
+    validation: Batches
+    device: torch.device
+
+
+def evaluate(
+    folder: Path, config: RunConfig, step: int | None, export: Path | None, tasks: list[Path]
+) -> dict[str, Any]:
+    """Evaluate the checkpoint of `step` (none: the newest), or the weights of `export`; collective over all ranks.
+
+    Raises:
+        RunError: on all ranks alike: no such checkpoint, a task that cannot be read, other data than the run's.
+    """
+    device = distributed.start(config.resources)
+    shown = Progress(distributed.rank() == 0, 0)
+    shown.stage("reading the data")
+    rank, world = distributed.rank(), distributed.world()
+    questions = distributed.on_rank_zero(lambda: {str(path): read_questions(path) for path in tasks})
+    table = setup.open_data(config, folder, Progress(False, 0))
+    model, strategy = distributed.together(lambda: setup.sharded_model(config, table.facts, device, world))
+    initialize(model, config.seed, device)
+    if export is None:
+        path, manifest = distributed.on_rank_zero(lambda: manifests.pick(folder, step))
+        distributed.together(lambda: setup.check_data(manifest, setup.data_identity(table)))
+        load(path, manifest, setup.model_tensors(model), prefix="model.")
+        source = {"checkpoint": path.name, "step": manifest.step, "sequences_trained_on": manifest.position}
+    else:
+        distributed.together(lambda: fill(model, export))
+        source = {"export": str(export)}
+    rows = config.train.micro_batch_size
+    shown.stage("validation loss")
+    run = Evaluation(config, table, model, strategy, Batches(table.validation, None, rank, world, rows, 1), device)
+    loss, tokens, count = validation_loss(run)
+    value = bits_per_byte(loss, tokens, count)
+    answer = {
+        "run": folder.name,
+        **source,
+        "validation": {
+            "loss": loss, "bits_per_byte": value, "tokens": tokens, "bytes": count,
+            "share_of_unigram": value / table.facts["unigram_bits_per_byte"],
+        },
+    }  # fmt: skip
+    if questions:
+        tokenizer = distributed.together(lambda: load_tokenizer(folder))
+        model.eval()
+        answer["tasks"] = {}
+        stems = [path.stem for path in tasks]
+        for name, some in questions.items():
+            shown.stage(f"task {name}")
+            short = name if stems.count(Path(name).stem) > 1 else Path(name).stem
+            answer["tasks"][short] = distributed.together(
+                lambda some=some: score(
+                    model, tokenizer, some, length=config.data.sequence_length, batch=rows, device=device,
+                    context=lambda: strategy.forward_context(config.train.precision, device),
+                )
+            )  # fmt: skip
+    shown.stage("")
+    return answer
+
+
+@torch.no_grad()
+def fill(model: Any, export: Path) -> None:
+    """Give a (sharded) model the weights of an export, which each rank reads whole on its CPU.
+
+    Raises:
+        RunError: it is no export, or of another model.
+    """
+    whole = dict(setup.model_tensors(exported_model(export)))
+    tensors = setup.model_tensors(model)
+    for name in sorted(whole.keys() | tensors.keys()):
+        theirs, ours = (list(side[name].shape) if name in side else None for side in (whole, tensors))
+        if theirs != ours:
+            raise RunError(
+                f"{name} is {theirs} in the export and {ours} in the run",
+                where=str(export),
+                mend="give an export of this run's model",
+            )
+    for name, tensor in tensors.items():
+        place(whole[name], tensor)
