@@ -45,6 +45,9 @@ def main() -> int:
         return train_rank(arguments.target, arguments.attempt, overrides)
     try:
         return _helper(arguments, overrides)
+    except KeyboardInterrupt:
+        print("stopped" + ("; finished parts are kept, start again to go on" if arguments.task == "prepare" else ""))
+        return 130
     except RunError as error:
         print(error, file=sys.stderr)
         return error.outcome.code
@@ -129,7 +132,13 @@ def _helper(arguments: argparse.Namespace, overrides: list[str]) -> int:
         from trainer import data
 
         config = configuration.load(target, overrides)
-        print(f"token table: {data.prepare(config.data, print)}")
+        folders = data.prepare(config.data, lambda line: print(line, flush=True))
+        opened = data.open_data(folders, config.data)
+        for name, line in data.summary(opened):
+            print(f"{name}: {folders[name]}\n  {line}")
+        print(
+            f"tokenizer: {opened.tokenizer['vocab_size']:,} tokens, digest {opened.tokenizer['tokenizer_digest'][:12]}"
+        )
         return 0
     if arguments.task == "verify-table":
         from trainer import data
