@@ -42,6 +42,7 @@ def do_task(arguments: argparse.Namespace, overrides: list[str]) -> int:
         tasks.run(arguments.task, arguments, overrides)
         return 0
     except KeyboardInterrupt:
+        print("stopped" + ("; finished parts are kept, start again to go on" if arguments.task == "prepare" else ""))
         return 130
     except BrokenPipeError:  # the reader of the output has seen enough
         sys.stderr.close()

@@ -16,6 +16,10 @@ import pydantic
 from pydantic import Discriminator, Field, TypeAdapter
 
 from trainer import registry
+from trainer.config_data import DataConfig as DataConfig
+from trainer.config_data import SourceConfig as SourceConfig
+from trainer.config_data import TokenizerConfig as TokenizerConfig
+from trainer.config_data import check_data
 from trainer.metrics.options import MetricsConfig
 from trainer.outcome import RunError
 from trainer.registry import STRICT
@@ -35,46 +39,6 @@ else:
     ParallelOptions = _union("trainer.parallel")
 
 Positive = Annotated[Count, Field(gt=0)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """Which tokenizer turns text into tokens."""
-
-    __pydantic_config__ = STRICT
-    path: str | None = None
-    """Folder of any `transformers` tokenizer; none trains a byte-level BPE on the training documents."""
-    vocab_size: Annotated[Count, Field(ge=258)] = 32768
-    """Size of the vocabulary of the trained BPE; of no effect on a given tokenizer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Text, and how it becomes sequences of tokens."""
-
-    __pydantic_config__ = STRICT
-    path: str | list[str] | None = None
-    """File, folder or glob (or a list) of text and JSONL; `stdlib` is the embedded corpus: Python's own library source."""
-    table: str | None = None
-    """A prepared token table, used as it is instead of `path`."""
-    folder: str = "prepared"
-    """Where token tables are made and found again."""
-    documents: Literal["file", "paragraph", "line"] = "file"
-    """What a document is in a text file: the file, a paragraph (between blank lines) or a line."""
-    text_key: str = "text"
-    """The key of the text in a JSONL line."""
-    validation_path: str | list[str] | None = None
-    """Validation text; none holds back `validation_fraction` of the documents."""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Share of the documents that is held back for validation, chosen by a hash of the text."""
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    """The tokenizer."""
-    sequence_length: Annotated[Count, Field(ge=2)] = 1024
-    """Tokens that a sequence predicts."""
-    order_seed: int = 0
-    """Seed of the order of the sequences, apart from the seed of the weights."""
-    max_epochs: Annotated[int, Field(gt=0)] | None = None
-    """Most passes over the data; a run that needs more ends with the outcome `out of data`. None: as many as it needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,8 +286,12 @@ def _known_keys(path: list[str], raw: Any) -> list[str]:
     schema = json_schema()
     node: Any = schema
     for element in path:
-        raw = raw[int(element)] if isinstance(raw, list) else raw[element]
-        node = _follow(node["items"] if "items" in node else node["properties"][element], schema, raw)
+        if isinstance(raw, list):
+            raw, inner = raw[int(element)], node["items"]
+        else:
+            raw, named = raw[element], node.get("properties") or {}
+            inner = named[element] if element in named else next(iter(node["patternProperties"].values()))
+        node = _follow(inner, schema, raw)
     return list(node.get("properties", ()))
 
 
@@ -338,12 +306,7 @@ def _follow(node: Any, schema: Any, raw: Any) -> Any:
 def _check(config: RunConfig, source: Source) -> None:
     """What no single field can know."""
     train, data = config.train, config.data
-    if (data.path is None) == (data.table is None):
-        raise RunError(
-            "a run needs data.path or data.table, and not both",
-            where=source.where("data"),
-            mend="give data.path (text; `stdlib` is the embedded corpus) or data.table (a prepared table)",
-        )
+    check_data(data, train.length, source)
     rest = train.tokens_per_step % data.sequence_length
     if rest:
         below = train.tokens_per_step - rest

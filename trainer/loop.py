@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from trainer import distributed, runfolder
 from trainer.checkpoint.retention import prune
 from trainer.checkpoint.save import save
 from trainer.derive import evaluation_interval
-from trainer.evaluate.loss import bits_per_byte, validation_loss
+from trainer.evaluate.loss import mixed, validation_losses
 from trainer.guard.verdict import Verdict, agree, scale_gradients
 from trainer.model.init import module_seed
 from trainer.model.loss import summed_loss, token_count
@@ -62,9 +63,11 @@ def train(run: Run) -> tuple[Outcome, str]:
     checkpoint(run)
     if run.position < run.derived.sequences:
         done, epochs = run.step, run.config.data.max_epochs
+        _, source = run.data.train.first_exhausted(epochs or 0)
+        what = f"source {source}" if run.config.data.mixture else "data"
         return (
             Outcome.OUT_OF_DATA,
-            f"data.max_epochs = {epochs} ends the data at step {done} of {run.derived.steps}; saved",
+            f"data.max_epochs = {epochs} ends the {what} at step {done} of {run.derived.steps}; saved",
         )
     return Outcome.FINISHED, f"all {run.derived.steps} steps are trained and saved"
 
@@ -86,11 +89,11 @@ def forward_backward(run: Run, count: int) -> Verdict:
     asked = time.monotonic()
     micro_batches = run.batches.at(run.position, count)
     run.data_seconds = time.monotonic() - asked
-    for index, (inputs, targets) in enumerate(micro_batches):
-        tokens += token_count(targets)
+    for index, batch in enumerate(micro_batches):
+        tokens += token_count(batch.targets)
         run.strategy.synchronize_gradients(run.model, run.config.parallel, last=index == len(micro_batches) - 1)
         with run.strategy.forward_context(run.config.train.precision, run.device):
-            loss = summed_loss(run.model, inputs.to(run.device), targets.to(run.device))
+            loss = summed_loss(run.model, *batch.to(run.device))
         (loss / expected).backward()
         loss_sum += loss.detach().double()
     limit = run.config.train.time_limit
@@ -140,12 +143,13 @@ def record(run: Run, verdict: Verdict, start: int, count: int, rate: float, seco
     """One line of history and progress, on rank 0."""
     if distributed.rank() != 0:
         return
+    report_passes(run, start)
     density = verdict.tokens / max(run.batches.bytes(start, count), 1)
     finite = verdict.finite
     run.history.write(
         step=run.step,
         position=run.position,
-        epoch=round(run.position / run.table.train.sequences, 6),
+        **epochs(run),
         loss=verdict.loss if finite else None,
         bits_per_byte=verdict.loss / math.log(2) * density if finite else None,
         gradient_norm=verdict.gradient_norm if finite else None,
@@ -159,21 +163,43 @@ def record(run: Run, verdict: Verdict, start: int, count: int, rate: float, seco
     run.progress.step(run.step, verdict.loss, verdict.loss / math.log(2) * density, verdict.tokens / seconds)
 
 
+def epochs(run: Run) -> dict[str, Any]:
+    """Passes over the data so far: one number, or one for each source of a mixture."""
+    counts = {name: round(count, 6) for name, count in run.data.train.epochs(run.position).items()}
+    return {"epochs": counts} if len(counts) > 1 else {"epoch": next(iter(counts.values()))}
+
+
+def report_passes(run: Run, start: int) -> None:
+    """Say which passes over which source ended since the position `start`."""
+    before, now = run.data.train.epochs(start), run.data.train.epochs(run.position)
+    for name, count in now.items():
+        if int(count) > int(before[name]):
+            of = f" over {name}" if len(now) > 1 else ""
+            run.progress.say(f"step {run.step}: pass {int(count)}{of} is complete")
+            runfolder.record_event(run.folder, "pass", source=name, passes=int(count), step=run.step)
+
+
 def validate(run: Run) -> None:
     """Validation loss over all ranks, into history and onto the screen, and text samples if prompts are given."""
-    loss, tokens, count = validation_loss(run)
+    results = validation_losses(run)
     if distributed.rank() == 0:
-        value = bits_per_byte(loss, tokens, count)
+        loss, value = mixed(results, run.data.weights)
+        sources = {
+            name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte, "tokens": r.tokens} for name, r in results.items()
+        }
         run.history.write(
             step=run.step,
             position=run.position,
             validation_loss=loss,
             validation_bits_per_byte=value,
-            validation_tokens=tokens,
+            validation_tokens=sum(result.tokens for result in results.values()),
+            **({"validation_sources": sources} if len(sources) > 1 else {}),
         )
-        share = value / run.table.facts["unigram_bits_per_byte"]
+        share = value / run.data.unigram_bits_per_byte
+        each = "; ".join(f"{name} {result.loss:.4f}" for name, result in results.items()) if len(results) > 1 else ""
         run.progress.say(
             f"step {run.step}: validation loss {loss:.4f}, {value:.4f} bits per byte, {share:.1%} of the unigram entropy"
+            + (f" ({each})" if each else "")
         )
     run.samples.take(run)
 

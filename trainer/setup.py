@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from trainer import data, distributed, runfolder
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.load import load, newest_verified
 from trainer.config import RunConfig
+from trainer.data import Data
 from trainer.data.batches import Batches
+from trainer.data.masking import Borders
 from trainer.derive import Derived, derive
 from trainer.evaluate.samples import Samples
 from trainer.guard.signals import Flag
@@ -26,6 +29,7 @@ from trainer.metrics.history import History
 from trainer.metrics.progress import Progress
 from trainer.metrics.trace import Trace
 from trainer.model.build import architecture, blocks, build, parameter_count
+from trainer.model.documents import check_documents_apart
 from trainer.model.init import initialize
 from trainer.optim import build_optimizer
 from trainer.outcome import RunError
@@ -41,7 +45,7 @@ class Run:
     attempt: int
     flag: Flag
     device: torch.device
-    table: Any
+    data: Data
     derived: Derived
     model: Any
     strategy: Any
@@ -49,7 +53,7 @@ class Run:
     parameters: list[Any]
     names: dict[Any, str]
     batches: Batches
-    validation: Batches
+    validation: dict[str, Batches]
     samples: Samples
     history: History
     groups: GroupMetrics
@@ -80,7 +84,7 @@ class Run:
             "optimizer": self.optimizer.hyperparameters(),
             "bad_steps": self.bad_steps,
             "skipped": self.skipped,
-            "data": data_identity(self.table),
+            "data": self.data.identity(),
         }
 
 
@@ -91,16 +95,6 @@ def model_tensors(model: Any) -> dict[str, Any]:
     return tensors | {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
-def data_identity(table: Any) -> dict[str, Any]:
-    """What makes a stream of data the same stream."""
-    train = table.facts["splits"]["train"]
-    return {
-        "train_sha256": train["sha256"],
-        "sequences": train["sequences"],
-        "tokenizer": table.facts["tokenizer_digest"],
-    }
-
-
 def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
     """Build everything, restore the newest verified checkpoint if there is one, and print what follows from the config."""
     device = distributed.start(config.resources)
@@ -109,10 +103,13 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
     distributed.together(lambda: follow.check(config))
     trace_folder = folder / "profile" / str(attempt)
     trace = distributed.together(lambda: Trace(config.metrics, trace_folder, rank, device, progress.say))
-    table = open_data(config, folder, progress)
-    derived = distributed.together(lambda: derive(config, world, table.train.sequences))
-    model, strategy = distributed.together(lambda: sharded_model(config, table.facts, device, world))
+    opened = open_data(config, folder, progress)
+    borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
+    derived = distributed.together(lambda: derive(config, world, opened.train))
+    model, strategy = distributed.together(lambda: sharded_model(config, opened.tokenizer, device, world))
     initialize(model, config.seed, device)
+    if borders is not None:
+        check_masking(model, strategy, config, opened.tokenizer["vocab_size"], device)
     optimizer = distributed.together(lambda: build_optimizer(model, config.optim))
     rows = config.train.micro_batch_size
     run = Run(
@@ -121,18 +118,20 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
         attempt=attempt,
         flag=flag,
         device=device,
-        table=table,
+        data=opened,
         derived=derived,
         model=model,
         strategy=strategy,
         optimizer=optimizer,
         parameters=list(model.parameters()),
         names={parameter: name for name, parameter in model.named_parameters()},
-        batches=Batches(table.train, config.data.order_seed, rank, world, derived.rows, derived.micro_steps),
-        validation=Batches(table.validation, None, rank, world, rows, 1),
+        batches=Batches(opened.train, rank, world, derived.rows, derived.micro_steps, borders),
+        validation={n: Batches(split, rank, world, rows, 1, borders) for n, split in opened.validation.items()},
         samples=Samples(folder, config.evaluate.prompts, config.evaluate.tokens, config.seed),
         history=History(None),
-        groups=group_metrics(config, optimizer, table.train.sequences / derived.sequences_per_step),
+        groups=group_metrics(
+            config, optimizer, sum(s.sequences for s in opened.train.sources) / derived.sequences_per_step
+        ),
         trace=trace,
         progress=progress,
     )
@@ -140,8 +139,7 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
     restore(run)
     if rank == 0:
         run.history = open_history(run)
-        facts = {key: table.facts[key] for key in ("python", "corpus_digest", "unigram_bits_per_byte")}
-        runfolder.record_event(folder, "data", table=str(table.folder), **facts, **data_identity(table))
+        record_data(folder, opened)
     describe(run)
     return run
 
@@ -163,18 +161,38 @@ def open_history(run: Run) -> History:
     return History(path, follow.follow(run.config, run.folder, run.step, history.read(path), tell))
 
 
-def open_data(config: RunConfig, folder: Path, progress: Progress) -> Any:
-    """The token table, prepared by rank 0 if it has to be, verified, with its tokenizer copied into the run folder."""
+def open_data(config: RunConfig, folder: Path, progress: Progress) -> Data:
+    """The token tables, prepared by rank 0 if they have to be, verified, their tokenizer copied into the run folder."""
 
-    def prepared() -> Path:
-        path = data.prepare(config.data, progress.say)
-        data.verify(path)
+    def prepared() -> dict[str, Path]:
+        paths = data.prepare(config.data, progress.say)
+        for path in paths.values():
+            data.verify(path)
         if not (folder / "tokenizer").exists():
-            shutil.copytree(path / "tokenizer", folder / "tokenizer")
-        return path
+            shutil.copytree(next(iter(paths.values())) / "tokenizer", folder / "tokenizer")
+        return paths
 
-    path = distributed.on_rank_zero(prepared)
-    return distributed.together(lambda: data.open_table(path, config.data))
+    paths = distributed.on_rank_zero(prepared, patience=timedelta(days=7))  # a large corpus takes its time
+    return distributed.together(lambda: data.open_data(paths, config.data))
+
+
+def record_data(folder: Path, opened: Data) -> None:
+    """Which tables the run reads, from which text, and what makes them these."""
+    known = ("python", "corpus_digest", "path", "unigram_bits_per_byte")
+    tables = {
+        name: {"table": str(table.folder)} | {key: table.facts[key] for key in known}
+        for name, table in opened.tables.items()
+    }
+    unigram = opened.unigram_bits_per_byte
+    runfolder.record_event(folder, "data", tables=tables, unigram_bits_per_byte=unigram, **opened.identity())
+
+
+def check_masking(model: Any, strategy: Any, config: RunConfig, vocab_size: int, device: torch.device) -> None:
+    """Refuse a model that lets documents see each other, on all ranks alike."""
+    context = strategy.forward_context(config.train.precision, device)
+    length = config.data.sequence_length
+    distributed.together(lambda: check_documents_apart(model, vocab_size, length, context, device))
+    strategy.settle(model)
 
 
 def sharded_model(config: RunConfig, facts: dict[str, Any], device: torch.device, world: int) -> tuple[Any, Any]:
@@ -202,7 +220,7 @@ def restore(run: Run) -> None:
 
         def same_run() -> dict[str, Any]:
             changed = configuration.check_resume(manifest.config, new)
-            check_data(manifest, data_identity(run.table))
+            check_data(manifest, run.data.identity())
             return changed
 
         changed = distributed.together(same_run)
@@ -223,36 +241,39 @@ def restore(run: Run) -> None:
 def check_data(manifest: manifests.Manifest, identity: dict[str, Any]) -> None:
     """Refuse to go on with other data than the checkpoint's."""
     saved = manifest.state["data"]
-    for key, what in (("tokenizer", "another tokenizer"), ("train_sha256", "other training tokens")):
-        if saved[key] != identity[key]:
+    facts = [("another tokenizer", saved["tokenizer"], identity["tokenizer"])]
+    for name, source in identity["sources"].items():
+        what = "other training tokens" if len(identity["sources"]) == 1 else f"other training tokens of {name}"
+        facts.append((what, saved["sources"][name]["train_sha256"], source["train_sha256"]))
+    for what, before, now in facts:
+        if before != now:
             raise RunError(
                 f"the prepared data has {what} than the checkpoint of step {manifest.step} was trained on",
-                where=f"data ({saved[key][:12]} was saved, {identity[key][:12]} is here)",
+                where=f"data ({before[:12]} was saved, {now[:12]} is here)",
                 mend="give the table of that run as data.table, or start a new run",
             )
 
 
 def describe(run: Run) -> None:
     """Print the derived values."""
-    config, derived, facts = run.config, run.derived, run.table.facts
-    train = facts["splits"]["train"]
+    config, derived, tokenizer = run.config, run.derived, run.data.tokenizer
     world = distributed.world()
+    passes = run.data.train.epochs(derived.available)
+    epochs = ", ".join(f"{count:.2f} epochs" + (f" of {n}" if len(passes) > 1 else "") for n, count in passes.items())
     tokens = derived.sequences * config.data.sequence_length
     groups = ", ".join(f"{g['label']} {g['rule']} lr {g['initial_lr']:g}" for g in run.optimizer.hyperparameters())
     run.progress.table(
         f"run {config.name}",
         [
             ("model", f"{config.model.config['model_type']}, {parameter_count(run.model):,} parameters"),
-            ("data", f"{train['sequences']:,} sequences of {config.data.sequence_length} tokens, "
-                     f"{train['bytes'] / max(train['tokens'], 1):.2f} bytes per token, digest {train['sha256'][:12]}"),
-            ("tokenizer", f"{facts['vocab_size']:,} tokens, digest {facts['tokenizer_digest'][:12]}, "
-                          f"Python {facts['python']}"),
+            *data.summary(run.data),
+            ("tokenizer", f"{tokenizer['vocab_size']:,} tokens, digest {tokenizer['tokenizer_digest'][:12]}"),
             ("ranks", f"{world} x {run.device.type}, {config.parallel.name}, {config.train.precision}"),
             ("step", f"{derived.sequences_per_step} sequences = {world} ranks x {derived.micro_steps} micro-steps x "
                      f"{derived.rows} rows"),
-            ("length", f"{derived.steps:,} steps, {tokens:,} tokens, {derived.epochs:.2f} epochs"),
+            ("length", f"{derived.steps:,} steps, {tokens:,} tokens, {epochs}"),
             ("optimizer", groups),
             ("schedule", f"{config.schedule.name}, warm-up {config.schedule.warmup:.0%}, floor {config.schedule.floor:g}"),
-            ("baseline", f"{facts['unigram_bits_per_byte']:.4f} bits per byte (unigram entropy of the validation tokens)"),
+            ("baseline", f"{run.data.unigram_bits_per_byte:.4f} bits per byte (unigram entropy of the validation tokens)"),
         ],
     )  # fmt: skip

@@ -33,7 +33,11 @@ def prepare(arguments: Namespace, overrides: list[str]) -> None:
     from trainer import data
 
     config = configuration.load(arguments.target, overrides)
-    print(f"token table: {data.prepare(config.data, print)}")
+    folders = data.prepare(config.data, lambda line: print(line, flush=True))
+    opened = data.open_data(folders, config.data)
+    for name, line in data.summary(opened):
+        print(f"{name}: {folders[name]}\n  {line}")
+    print(f"tokenizer: {opened.tokenizer['vocab_size']:,} tokens, digest {opened.tokenizer['tokenizer_digest'][:12]}")
 
 
 def verify_table(arguments: Namespace, overrides: list[str]) -> None:

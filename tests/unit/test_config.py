@@ -90,7 +90,7 @@ def test_a_typo_on_the_command_line_names_the_nearest(tmp_path: Path, key: str) 
         ("--seed=a", "integer"),
         ("--seed=1.5", "integer"),
         ("--train.time_limit=11", "is no duration"),
-        ("--data.path=null", "needs data.path or data.table"),
+        ("--data.path=null", "needs one of data.path and data.table"),
         ("--evaluate.every=5 min", "in steps"),
         ("--name=../x", "pattern"),
         ("--optim.lr=-1", "greater than or equal to 0"),

@@ -13,9 +13,11 @@ from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.export import exported_model
 from trainer.checkpoint.load import load
 from trainer.config import RunConfig
+from trainer.data import Data
 from trainer.data.batches import Batches
+from trainer.data.masking import Borders
 from trainer.evaluate.choices import read_questions, score
-from trainer.evaluate.loss import bits_per_byte, validation_loss
+from trainer.evaluate.loss import mixed, validation_losses
 from trainer.evaluate.text import load_tokenizer
 from trainer.metrics.progress import Progress
 from trainer.model.init import initialize, place
@@ -24,13 +26,13 @@ from trainer.outcome import RunError
 
 @dataclass
 class Evaluation:
-    """What `validation_loss` needs of a run."""
+    """What `validation_losses` needs of a run."""
 
     config: RunConfig
-    table: Any
+    data: Data
     model: Any
     strategy: Any
-    validation: Batches
+    validation: dict[str, Batches]
     device: torch.device
 
 
@@ -47,12 +49,12 @@ def evaluate(
     shown.stage("reading the data")
     rank, world = distributed.rank(), distributed.world()
     questions = distributed.on_rank_zero(lambda: {str(path): read_questions(path) for path in tasks})
-    table = setup.open_data(config, folder, Progress(False, 0))
-    model, strategy = distributed.together(lambda: setup.sharded_model(config, table.facts, device, world))
+    opened = setup.open_data(config, folder, Progress(False, 0))
+    model, strategy = distributed.together(lambda: setup.sharded_model(config, opened.tokenizer, device, world))
     initialize(model, config.seed, device)
     if export is None:
         path, manifest = distributed.on_rank_zero(lambda: manifests.pick(folder, step))
-        distributed.together(lambda: setup.check_data(manifest, setup.data_identity(table)))
+        distributed.together(lambda: setup.check_data(manifest, opened.identity()))
         load(path, manifest, setup.model_tensors(model), prefix="model.")
         source = {"checkpoint": path.name, "step": manifest.step, "sequences_trained_on": manifest.position}
     else:
@@ -60,17 +62,23 @@ def evaluate(
         source = {"export": str(export)}
     rows = config.train.micro_batch_size
     shown.stage("validation loss")
-    run = Evaluation(config, table, model, strategy, Batches(table.validation, None, rank, world, rows, 1), device)
-    loss, tokens, count = validation_loss(run)
-    value = bits_per_byte(loss, tokens, count)
+    borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
+    validation = {n: Batches(split, rank, world, rows, 1, borders) for n, split in opened.validation.items()}
+    results = validation_losses(Evaluation(config, opened, model, strategy, validation, device))
+    loss, value = mixed(results, opened.weights)
     answer = {
         "run": folder.name,
         **source,
         "validation": {
-            "loss": loss, "bits_per_byte": value, "tokens": tokens, "bytes": count,
-            "share_of_unigram": value / table.facts["unigram_bits_per_byte"],
+            "loss": loss, "bits_per_byte": value, "share_of_unigram": value / opened.unigram_bits_per_byte,
+            "tokens": sum(result.tokens for result in results.values()),
+            "bytes": sum(result.bytes for result in results.values()),
         },
     }  # fmt: skip
+    if len(results) > 1:
+        answer["validation"]["sources"] = {
+            name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte, "tokens": r.tokens} for name, r in results.items()
+        }
     if questions:
         tokenizer = distributed.together(lambda: load_tokenizer(folder))
         model.eval()
