@@ -66,7 +66,7 @@ def evaluate(
     validation = {n: Batches(split, rank, world, rows, 1, borders) for n, split in opened.validation.items()}
     results = validation_losses(Evaluation(config, opened, model, strategy, validation, device))
     loss, value = mixed(results, opened.weights)
-    answer = {
+    answer: dict[str, Any] = {
         "run": folder.name,
         **source,
         "validation": {
