@@ -24,7 +24,6 @@ from trainer.metrics.history import History
 from trainer.metrics.progress import Progress
 from trainer.model.build import architecture, blocks, build, parameter_count
 from trainer.model.init import initialize
-from trainer.optim import build_optimizer
 from trainer.outcome import RunError
 
 
@@ -61,10 +60,9 @@ class Run:
         return self.folder / "checkpoints"
 
     def tensors(self) -> dict[str, Any]:
-        """All tensors of a checkpoint: weights, persistent buffers, optimizer state."""
-        return model_tensors(self.model) | {
-            f"optim.{key}": value for key, value in self.optimizer.state_tensors(self.names).items()
-        }
+        """All tensors of a checkpoint, as the strategy gives and takes them."""
+        found: dict[str, Any] = self.strategy.tensors(self.model, self.optimizer, self.names)
+        return found
 
     def state(self) -> dict[str, Any]:
         """All of a checkpoint that is no tensor."""
@@ -74,13 +72,6 @@ class Run:
             "skipped": self.skipped,
             "data": data_identity(self.table),
         }
-
-
-def model_tensors(model: Any) -> dict[str, Any]:
-    """Weights (tied ones once) and persistent buffers, by the names that checkpoints use."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    persistent = model.state_dict().keys()
-    return tensors | {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
 def data_identity(table: Any) -> dict[str, Any]:
@@ -97,12 +88,14 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
     """Build everything, restore the newest verified checkpoint if there is one, and print what follows from the config."""
     device = distributed.start(config.resources)
     rank, world = distributed.rank(), distributed.world()
+    strategy = distributed.together(lambda: open_strategy(config, device, world))
     progress = Progress(rank == 0, 0)
     table = open_data(config, folder, progress)
     derived = distributed.together(lambda: derive(config, world, table.train.sequences))
-    model, strategy = distributed.together(lambda: sharded_model(config, table.facts, device, world))
-    initialize(model, config.seed, device)
-    optimizer = distributed.together(lambda: build_optimizer(model, config.optim))
+    model = distributed.together(lambda: sharded_model(config, table.facts, strategy))
+    initialize(model, config.seed, strategy.initial_device)
+    optimizer = distributed.together(lambda: strategy.optimizer(model, config.optim))
+    strategy.connect(model, optimizer)
     rows = config.train.micro_batch_size
     run = Run(
         config=config,
@@ -146,9 +139,14 @@ def open_data(config: RunConfig, folder: Path, progress: Progress) -> Any:
     return distributed.together(lambda: data.open_table(path, config.data))
 
 
-def sharded_model(config: RunConfig, facts: dict[str, Any], device: torch.device, world: int) -> tuple[Any, Any]:
-    """The model on the meta device, spread by the strategy, and the strategy's file."""
-    strategy = import_module(f"trainer.parallel.{config.parallel.name}")
+def open_strategy(config: RunConfig, device: torch.device, world: int) -> Any:
+    """The strategy of the run, which refuses what it cannot do on these ranks before any data is prepared."""
+    module = import_module(f"trainer.parallel.{config.parallel.name}")
+    return module.Strategy(config.parallel, config.train.precision, device, world)
+
+
+def sharded_model(config: RunConfig, facts: dict[str, Any], strategy: Any) -> Any:
+    """The model on the meta device, spread by the strategy."""
     shape = architecture(
         config.model,
         vocab_size=facts["vocab_size"],
@@ -157,9 +155,9 @@ def sharded_model(config: RunConfig, facts: dict[str, Any], device: torch.device
         max_length=config.data.sequence_length,
     )
     model = build(shape)
-    model = strategy.shard(model, blocks(model), config.parallel, config.train.precision, device, world)
+    strategy.shard(model, blocks(model))
     model.train()
-    return model, strategy
+    return model
 
 
 def restore(run: Run) -> None:
@@ -175,7 +173,9 @@ def restore(run: Run) -> None:
             return changed
 
         changed = distributed.together(same_run)
-        entries = load(folder, manifest, run.tensors())
+        tensors = run.tensors()
+        entries = load(folder, manifest, tensors)
+        run.strategy.adopt(tensors, run.model, run.optimizer, run.names)
         run.step, run.position, run.saved_step = manifest.step, manifest.position, manifest.step
         run.bad_steps, run.skipped = manifest.state["bad_steps"], manifest.state["skipped"]
         run.progress.say(f"resumed from {folder.name}: {entries} tensors restored, position {run.position}")
@@ -215,7 +215,8 @@ def describe(run: Run) -> None:
                      f"{train['bytes'] / max(train['tokens'], 1):.2f} bytes per token, digest {train['sha256'][:12]}"),
             ("tokenizer", f"{facts['vocab_size']:,} tokens, digest {facts['tokenizer_digest'][:12]}, "
                           f"Python {facts['python']}"),
-            ("ranks", f"{world} x {run.device.type}, {config.parallel.name}, {config.train.precision}"),
+            ("ranks", f"{world} x {run.device.type}, {config.train.precision}"),
+            ("mesh", f"{config.parallel.name}, {run.strategy.mesh()}"),
             ("step", f"{derived.sequences_per_step} sequences = {world} ranks x {derived.micro_steps} micro-steps x "
                      f"{derived.rows} rows"),
             ("length", f"{derived.steps:,} steps, {tokens:,} tokens, {derived.epochs:.2f} epochs"),

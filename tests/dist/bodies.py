@@ -43,11 +43,18 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
 
 
 def model_of(seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    return sharded_model_of(seed, dtype=dtype, **changes)[0]
+
+
+def sharded_model_of(seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
+    """A model under FSDP2, and the strategy."""
     shape = architecture(
         ModelConfig(config=LLAMA | changes), vocab_size=VOCABULARY, bos=0, eos=1, max_length=LENGTH
     )
     model = build(shape).to(dtype)
-    fsdp2.shard(model, blocks(model), fsdp2.Options(), "fp32", torch.device("cpu"), dist.get_world_size())
+    strategy = fsdp2.Strategy(fsdp2.Options(sync_every_micro_step=False), "fp32", torch.device("cpu"), dist.get_world_size())
+    strategy.shard(model, blocks(model))
+    strategy.connect(model, None)
     if dtype is torch.float64:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
@@ -56,7 +63,7 @@ def model_of(seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: An
                 module._get_fsdp_state()._fsdp_param_group.mp_policy = MixedPrecisionPolicy()
                 module._get_fsdp_state()._mp_policy = MixedPrecisionPolicy()
     initialize(model, seed, torch.device("cpu"))
-    return model
+    return model, strategy
 
 
 def initial_state(seed: int, tied: bool) -> dict[str, str]:
@@ -91,7 +98,7 @@ def hash_of(text: str) -> int:
 
 def loss_and_gradients(accumulation: int, sequences: int) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Global loss, norm and float64 gradients of one batch, split over ranks and `accumulation` micro-steps."""
-    model = model_of(dtype=torch.float64)
+    model, strategy = sharded_model_of(dtype=torch.float64)
     rank, world = dist.get_rank(), dist.get_world_size()
     tokens = torch.randint(0, VOCABULARY, (sequences, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     rows = -(-sequences // (world * accumulation))
@@ -101,14 +108,14 @@ def loss_and_gradients(accumulation: int, sequences: int) -> tuple[float, float,
         batch = tokens[places.clamp(max=sequences - 1)]
         targets = batch[:, 1:].clone()
         targets[places >= sequences] = -100
-        fsdp2.synchronize_gradients(model, fsdp2.Options(sync_every_micro_step=False), last=j == accumulation - 1)
+        strategy.synchronize(last=j == accumulation - 1)
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
         (loss / expected).backward()
         loss_sum, count = loss_sum + float(loss), count + token_count(targets)
     parameters = list(model.parameters())
     verdict = agree(
-        parameters, loss_sum, count, expected, signal=False, timeout=False, save_due=False, rejected=0, device=torch.device("cpu")
+        strategy.gradients(parameters), loss_sum, count, expected, signal=False, timeout=False, save_due=False, rejected=0, device=torch.device("cpu")
     )
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return verdict.loss, verdict.gradient_norm, gradients

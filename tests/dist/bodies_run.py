@@ -13,7 +13,6 @@ from tests.dist.bodies import fingerprint
 from trainer import config as configuration
 from trainer import loop, runfolder, setup
 from trainer.guard.signals import Flag
-from trainer.guard.verdict import agree
 from trainer.outcome import RunError
 
 UNSTABLE = ("seconds", "tokens_per_second")
@@ -76,11 +75,11 @@ def train(
 def _poison(run: Any, step: int) -> None:
     """Make this rank's gradient NaN at one step of this run."""
     weight = next(p for p in run.parameters if p.to_local().numel())
-    true_agree = agree
+    true_gradients = run.strategy.gradients
 
-    def poisoned(parameters: list[Any], *arguments: Any, **options: Any) -> Any:
-        if parameters is run.parameters and run.step + 1 == step:
+    def poisoned(parameters: list[Any]) -> Any:
+        if run.step + 1 == step:
             weight.grad.to_local().view(-1)[0] = torch.nan
-        return true_agree(parameters, *arguments, **options)
+        return true_gradients(parameters)
 
-    loop.agree = poisoned
+    run.strategy.gradients = poisoned

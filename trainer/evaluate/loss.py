@@ -27,8 +27,8 @@ def validation_loss(run: Any) -> tuple[float, int, int]:
     for start in range(0, total, portion):
         count = min(portion, total - start)
         for inputs, targets in run.validation.at(start, count):
-            with run.strategy.forward_context(run.config.train.precision, run.device):
-                loss = summed_loss(run.model, inputs.to(run.device), targets.to(run.device))
+            with run.strategy.context():
+                loss = summed_loss(run.strategy.forward, inputs.to(run.device), targets.to(run.device))
             sums += torch.tensor([float(loss), token_count(targets)], dtype=torch.float64)
     run.model.train()
     run.strategy.settle(run.model)
