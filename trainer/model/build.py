@@ -82,8 +82,8 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """Parameters, tied ones once; those that ZeRO has taken apart, by the size they had."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _known_keys(config_class: type) -> set[str]:

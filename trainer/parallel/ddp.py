@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,8 +45,10 @@ class Strategy(single.Strategy):
             self.forward = model
             return
         ids = [self.device.index] if self.device.type == "cuda" else None
+        known = inspect.signature(parallel.DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
         wrapped = parallel.DistributedDataParallel(
-            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            model, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False}
         )
         # The loss is divided by the global token count already: sums, where DDP alone would take means.
         wrapped.register_comm_hook(None, _sum)
@@ -57,7 +60,7 @@ class Strategy(single.Strategy):
             self.forward.require_backward_grad_sync = last  # type: ignore[union-attr]
 
 
-def _sum(state: None, bucket: Any) -> Any:
+def _sum(state, bucket):  # type: ignore[no-untyped-def]  # torch refuses any annotation but its own class
     """Communication hook: the sum of a bucket of gradients over the ranks."""
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
