@@ -1,6 +1,6 @@
-"""Our training step against a Hugging Face Trainer's, both under FSDP2, on the same ranks in one invocation.
+"""Our training step against a Hugging Face Trainer's, both under FSDP2 (or DDP), on the same ranks in one invocation.
 
-    python benchmarks/train_step.py [--steps 10] [--rounds 7] [--ranks 2] [--precision fp32] [--micro-steps 1]
+    python benchmarks/train_step.py [--steps 10] [--rounds 7] [--ranks 2] [--strategy fsdp2] [--precision fp32]
 
 The same model (a Llama of 2.6M parameters), tokens per step, micro-batch, fused AdamW, clipping and learning rate. The
 Trainer (transformers, with accelerate's FSDP2: `fsdp_version` 2, blocks wrapped, resharded after the forward) runs one
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps of each side per round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--strategy", choices=["fsdp2", "ddp"], default="fsdp2", help="of both sides")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--micro-steps", type=int, default=1)
     parser.add_argument("--keep-gathered", action="store_true", help="reshard_after_forward: false on both sides")
@@ -75,7 +76,9 @@ def ours(arguments: argparse.Namespace) -> Any:
         },
         "optim": {"name": "adamw", "lr": RATE},
         "schedule": {"name": "constant", "warmup": 0.0},
-        "parallel": {"name": "fsdp2", "reshard_after_forward": not arguments.keep_gathered},
+        "parallel": {"name": "ddp"} if arguments.strategy == "ddp" else {
+            "name": "fsdp2", "reshard_after_forward": not arguments.keep_gathered,
+        },
     }  # fmt: skip
     file = arguments.folder / "run.yaml"
     if int(os.environ["RANK"]) == 0:
@@ -113,6 +116,7 @@ def theirs(arguments: argparse.Namespace, run: Any, callback: Any) -> Any:
     """A Hugging Face Trainer with the same model, rows and optimizer."""
     import numpy as np
     import torch
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from transformers import Trainer, TrainingArguments
 
     from trainer.model.build import architecture, build
@@ -134,19 +138,34 @@ def theirs(arguments: argparse.Namespace, run: Any, callback: Any) -> Any:
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             return {"input_ids": tokens[index], "labels": tokens[index]}
 
+    sharding: dict[str, Any] = {}
+    if arguments.strategy == "fsdp2":
+        wrap = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        sharding = {"fsdp": True, "fsdp_config": {**wrap, "reshard_after_forward": not arguments.keep_gathered}}
     settings = TrainingArguments(
         output_dir=str(arguments.folder / "theirs"), use_cpu=run.device.type == "cpu", disable_tqdm=True, report_to=[],
         per_device_train_batch_size=SEQUENCES // (arguments.ranks * arguments.micro_steps),
         gradient_accumulation_steps=arguments.micro_steps, bf16=arguments.precision == "bf16",
         max_steps=arguments.steps * (arguments.rounds + 1), learning_rate=RATE, lr_scheduler_type="constant",
         optim="adamw_torch_fused", adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0, max_grad_norm=CLIP,
-        save_strategy="no", logging_steps=arguments.steps, fsdp=True,
-        fsdp_config={
-            "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-            "reshard_after_forward": not arguments.keep_gathered,
-        },
+        save_strategy="no", logging_steps=arguments.steps, ddp_find_unused_parameters=False, **sharding,
     )  # fmt: skip
-    return Trainer(model=model, args=settings, train_dataset=Rows(), callbacks=[callback])
+    if arguments.strategy == "ddp":
+        return Trainer(model=model, args=settings, train_dataset=Rows(), callbacks=[callback])
+
+    class Sharded(Trainer):
+        """accelerate leaves its FSDP2 out on a CPU, where it would run DDP: ask for it by hand."""
+
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            state = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if self.args.bf16:
+                state.fsdp_plugin.set_mixed_precision("bf16")
+            self.is_fsdp_enabled = True
+
+    return Sharded(model=model, args=settings, train_dataset=Rows(), callbacks=[callback])
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -190,7 +209,10 @@ def measure(arguments: argparse.Namespace) -> None:
             losses["transformers"] = (logs or {}).get("loss", losses.get("transformers"))
 
     count = parameter_count(run.model)
-    theirs(arguments, run, Alternate()).train()
+    trainer = theirs(arguments, run, Alternate())
+    trainer.train()
+    kind = type(trainer.model_wrapped).__name__
+    assert kind == {"fsdp2": "FSDPLlamaForCausalLM", "ddp": "DistributedDataParallel"}[arguments.strategy], kind
     if distributed.rank() == 0:
         report(arguments, seconds, losses, count)
     distributed.stop()

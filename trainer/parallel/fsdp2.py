@@ -17,6 +17,7 @@ torch: Any = lazy("torch")
 fsdp: Any = lazy("torch.distributed.fsdp")
 device_mesh: Any = lazy("torch.distributed.device_mesh")
 optim: Any = lazy("trainer.optim")
+overlap: Any = lazy("trainer.parallel.overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,11 @@ def check(options: Options, optimizer: Any) -> None:
 class Strategy(single.Strategy):
     """FSDP2 on a mesh of (ranks,) or (replicas, ranks of a replica)."""
 
+    reductions: Any = None
+    """On a CPU: the gradients under way."""
+    first = True
+    """Whether the next reduction is the first of its step: it has nothing to be added to."""
+
     def check_world(self) -> None:
         if self.world % self.options.replicate:
             raise RunError(
@@ -71,13 +77,17 @@ class Strategy(single.Strategy):
         mesh = device_mesh.init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         compute = torch.bfloat16 if self.precision == "bf16" else torch.float32
         policy = fsdp.MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-        for module in [*blocks, model]:
-            fsdp.fully_shard(
-                module, mesh=mesh, mp_policy=policy, reshard_after_forward=self.options.reshard_after_forward
-            )
-        for module in _wrapped(model):
+        for module in blocks:
+            # The backward begins with the last block and the rest: freed, they would be gathered again at once.
+            free = self.options.reshard_after_forward and module is not blocks[-1]
+            fsdp.fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=free)
+        fsdp.fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        wrapped = _wrapped(model)
+        for module in wrapped:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # a factor of 1 needs it on gloo
+        if self.device.type == "cpu" and self.world > 1:
+            self.reductions = overlap.install(wrapped, [model, *blocks])
 
     def optimizer(self, model: Any, options: Any) -> Any:
         return optim.build_optimizer(model, options, spread_replicas=self.options.spread_replicas)
@@ -86,6 +96,18 @@ class Strategy(single.Strategy):
         """Replicas exchange once per step in either case."""
         self.forward.set_requires_gradient_sync(last or self.options.sync_every_micro_step)  # type: ignore[union-attr]
         self.forward.set_requires_all_reduce(last)  # type: ignore[union-attr]
+        if self.reductions is not None:
+            self.reductions.deferred = self.first and self.options.replicate == 1
+        self.first = last or not self.options.sync_every_micro_step
+
+    def backward(self, loss: Any) -> None:
+        loss.backward()
+        if self.reductions is not None:
+            self.reductions.finish()
+
+    def clear(self, parameters: list[Any]) -> None:
+        super().clear(parameters)
+        self.first = True
 
     def context(self) -> Any:
         """FSDP2 casts the gathered weights by itself."""
