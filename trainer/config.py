@@ -315,6 +315,10 @@ def _check(config: RunConfig, source: Source) -> None:
             where=source.where("train.tokens_per_step"),
             mend=f"use {below or ''}{' or ' if below else ''}{below + data.sequence_length}",
         )
+    try:
+        registry.alternatives("trainer.parallel")[config.parallel.name].check(config.parallel, config.optim)
+    except RunError as error:
+        raise RunError(error.what, where=source.where(error.where), mend=error.mend) from None
     if "model_type" not in config.model.config:
         raise RunError(
             "model.config.model_type is missing", where=source.where("model.config"), mend="add it, e.g. llama"

@@ -14,7 +14,7 @@ from trainer.checkpoint.retention import prune
 from trainer.checkpoint.save import save
 from trainer.derive import evaluation_interval
 from trainer.evaluate.loss import mixed, validation_losses
-from trainer.guard.verdict import Verdict, agree, scale_gradients
+from trainer.guard.verdict import Verdict, agree
 from trainer.model.init import module_seed
 from trainer.model.loss import summed_loss, token_count
 from trainer.outcome import Outcome
@@ -39,8 +39,7 @@ def train(run: Run) -> tuple[Outcome, str]:
             run.bad_steps = 0
         else:
             skip(run, verdict, count)
-        for parameter in run.parameters:
-            parameter.grad = None
+        run.strategy.clear(run.parameters)
         start, run.step, run.position = run.position, run.step + 1, run.position + count
         record(run, verdict, start, count, rate, time.monotonic() - began)
 
@@ -91,14 +90,14 @@ def forward_backward(run: Run, count: int) -> Verdict:
     run.data_seconds = time.monotonic() - asked
     for index, batch in enumerate(micro_batches):
         tokens += token_count(batch.targets)
-        run.strategy.synchronize_gradients(run.model, run.config.parallel, last=index == len(micro_batches) - 1)
-        with run.strategy.forward_context(run.config.train.precision, run.device):
-            loss = summed_loss(run.model, *batch.to(run.device))
-        (loss / expected).backward()
+        run.strategy.synchronize(last=index == len(micro_batches) - 1)
+        with run.strategy.context():
+            loss = summed_loss(run.strategy.forward, *batch.to(run.device))
+        run.strategy.backward(loss / expected)
         loss_sum += loss.detach().double()
     limit = run.config.train.time_limit
     return agree(
-        run.parameters, float(loss_sum), tokens, expected,
+        run.strategy.gradients(run.parameters), float(loss_sum), tokens, expected,
         signal=run.flag.signal is not None,
         timeout=limit is not None and time.monotonic() - run.started > limit,
         save_due=save_is_due(run),
@@ -111,7 +110,7 @@ def clip_gradients(run: Run, verdict: Verdict) -> None:
     """Divide by the true global token count, and scale down to the clipping norm, in one pass."""
     limit = run.config.train.clip_norm
     clip = 1.0 if limit is None else min(1.0, limit / max(verdict.gradient_norm, 1e-12))
-    scale_gradients(run.parameters, verdict.ratio * clip)
+    run.strategy.scale(run.parameters, verdict.ratio * clip)
 
 
 def skip(run: Run, verdict: Verdict, count: int) -> None:

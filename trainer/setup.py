@@ -31,7 +31,6 @@ from trainer.metrics.trace import Trace
 from trainer.model.build import architecture, blocks, build, parameter_count
 from trainer.model.documents import check_documents_apart
 from trainer.model.init import initialize
-from trainer.optim import build_optimizer
 from trainer.outcome import RunError
 from trainer.units import split_interval
 
@@ -73,10 +72,9 @@ class Run:
         return self.folder / "checkpoints"
 
     def tensors(self) -> dict[str, Any]:
-        """All tensors of a checkpoint: weights, persistent buffers, optimizer state."""
-        return model_tensors(self.model) | {
-            f"optim.{key}": value for key, value in self.optimizer.state_tensors(self.names).items()
-        }
+        """All tensors of a checkpoint, as the strategy gives and takes them."""
+        found: dict[str, Any] = self.strategy.tensors(self.model, self.optimizer, self.names)
+        return found
 
     def state(self) -> dict[str, Any]:
         """All of a checkpoint that is no tensor."""
@@ -88,17 +86,11 @@ class Run:
         }
 
 
-def model_tensors(model: Any) -> dict[str, Any]:
-    """Weights (tied ones once) and persistent buffers, by the names that checkpoints use."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    persistent = model.state_dict().keys()
-    return tensors | {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
-
-
 def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
     """Build everything, restore the newest verified checkpoint if there is one, and print what follows from the config."""
     device = distributed.start(config.resources)
     rank, world = distributed.rank(), distributed.world()
+    strategy = distributed.together(lambda: open_strategy(config, device, world))
     progress = Progress(rank == 0, 0)
     distributed.together(lambda: follow.check(config))
     trace_folder = folder / "profile" / str(attempt)
@@ -106,11 +98,12 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
     opened = open_data(config, folder, progress)
     borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
     derived = distributed.together(lambda: derive(config, world, opened.train))
-    model, strategy = distributed.together(lambda: sharded_model(config, opened.tokenizer, device, world))
-    initialize(model, config.seed, device)
+    model = distributed.together(lambda: sharded_model(config, opened.tokenizer, strategy))
+    initialize(model, config.seed, strategy.initial_device)
     if borders is not None:
         check_masking(model, strategy, config, opened.tokenizer["vocab_size"], device)
-    optimizer = distributed.together(lambda: build_optimizer(model, config.optim))
+    optimizer = distributed.together(lambda: strategy.optimizer(model, config.optim))
+    strategy.connect(model, optimizer)
     rows = config.train.micro_batch_size
     run = Run(
         config=config,
@@ -189,15 +182,20 @@ def record_data(folder: Path, opened: Data) -> None:
 
 def check_masking(model: Any, strategy: Any, config: RunConfig, vocab_size: int, device: torch.device) -> None:
     """Refuse a model that lets documents see each other, on all ranks alike."""
-    context = strategy.forward_context(config.train.precision, device)
+    context = strategy.context()
     length = config.data.sequence_length
     distributed.together(lambda: check_documents_apart(model, vocab_size, length, context, device))
     strategy.settle(model)
 
 
-def sharded_model(config: RunConfig, facts: dict[str, Any], device: torch.device, world: int) -> tuple[Any, Any]:
-    """The model on the meta device, spread by the strategy, and the strategy's file."""
-    strategy = import_module(f"trainer.parallel.{config.parallel.name}")
+def open_strategy(config: RunConfig, device: torch.device, world: int) -> Any:
+    """The strategy of the run, which refuses what it cannot do on these ranks before any data is prepared."""
+    module = import_module(f"trainer.parallel.{config.parallel.name}")
+    return module.Strategy(config.parallel, config.train.precision, device, world)
+
+
+def sharded_model(config: RunConfig, facts: dict[str, Any], strategy: Any) -> Any:
+    """The model on the meta device, spread by the strategy."""
     shape = architecture(
         config.model,
         vocab_size=facts["vocab_size"],
@@ -206,9 +204,9 @@ def sharded_model(config: RunConfig, facts: dict[str, Any], device: torch.device
         max_length=config.data.sequence_length,
     )
     model = build(shape)
-    model = strategy.shard(model, blocks(model), config.parallel, config.train.precision, device, world)
+    strategy.shard(model, blocks(model))
     model.train()
-    return model, strategy
+    return model
 
 
 def restore(run: Run) -> None:
@@ -224,7 +222,9 @@ def restore(run: Run) -> None:
             return changed
 
         changed = distributed.together(same_run)
-        entries = load(folder, manifest, run.tensors())
+        tensors = run.tensors()
+        entries = load(folder, manifest, tensors)
+        run.strategy.adopt(tensors, run.model, run.optimizer, run.names)
         run.step, run.position, run.saved_step = manifest.step, manifest.position, manifest.step
         run.bad_steps, run.skipped = manifest.state["bad_steps"], manifest.state["skipped"]
         run.progress.say(f"resumed from {folder.name}: {entries} tensors restored, position {run.position}")
@@ -268,7 +268,8 @@ def describe(run: Run) -> None:
             ("model", f"{config.model.config['model_type']}, {parameter_count(run.model):,} parameters"),
             *data.summary(run.data),
             ("tokenizer", f"{tokenizer['vocab_size']:,} tokens, digest {tokenizer['tokenizer_digest'][:12]}"),
-            ("ranks", f"{world} x {run.device.type}, {config.parallel.name}, {config.train.precision}"),
+            ("ranks", f"{world} x {run.device.type}, {config.train.precision}"),
+            ("mesh", f"{config.parallel.name}, {run.strategy.mesh()}"),
             ("step", f"{derived.sequences_per_step} sequences = {world} ranks x {derived.micro_steps} micro-steps x "
                      f"{derived.rows} rows"),
             ("length", f"{derived.steps:,} steps, {tokens:,} tokens, {epochs}"),

@@ -14,10 +14,9 @@ from trainer import runfolder
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.load import load
 from trainer.files import fsync_folder, write_json
-from trainer.model.build import architecture, build
+from trainer.model.build import architecture, build, model_tensors
 from trainer.model.init import initialize
 from trainer.outcome import Outcome, RunError
-from trainer.setup import model_tensors
 
 
 def export(run: Path, checkpoint: Path, manifest: manifests.Manifest, target: Path) -> float:

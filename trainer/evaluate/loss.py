@@ -56,8 +56,8 @@ def _measure(run: Any, batches: Batches, total: int) -> Measured:
     for start in range(0, total, portion):
         count = min(portion, total - start)
         for batch in batches.at(start, count):
-            with run.strategy.forward_context(run.config.train.precision, run.device):
-                loss = summed_loss(run.model, *batch.to(run.device))
+            with run.strategy.context():
+                loss = summed_loss(run.strategy.forward, *batch.to(run.device))
             sums += torch.tensor([float(loss), token_count(batch.targets)], dtype=torch.float64)
     loss_sum, tokens = distributed.sum_over_ranks(sums.tolist(), run.device)
     return Measured(loss_sum / max(tokens, 1.0), int(tokens), batches.bytes(0, total))

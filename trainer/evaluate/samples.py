@@ -32,7 +32,7 @@ class Samples:
             return
         run.model.eval()
         room = run.config.data.sequence_length
-        with run.strategy.forward_context(run.config.train.precision, run.device):
+        with run.strategy.context():
             pieces = generate(
                 run.model, self.tokenizer, self.prompts, self.sampling, room=room, device=run.device,
                 batch=len(self.prompts),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from trainer.evaluate.choices import read_questions, score
 from trainer.evaluate.loss import mixed, validation_losses
 from trainer.evaluate.text import load_tokenizer
 from trainer.metrics.progress import Progress
+from trainer.model.build import model_tensors
 from trainer.model.init import initialize, place
 from trainer.outcome import RunError
+from trainer.parallel import fsdp2
 
 
 @dataclass
@@ -50,16 +52,20 @@ def evaluate(
     rank, world = distributed.rank(), distributed.world()
     questions = distributed.on_rank_zero(lambda: {str(path): read_questions(path) for path in tasks})
     opened = setup.open_data(config, folder, Progress(False, 0))
-    model, strategy = distributed.together(lambda: setup.sharded_model(config, opened.tokenizer, device, world))
-    initialize(model, config.seed, device)
+    if config.parallel.name == "deepspeed":  # it trains; its checkpoints are those of all strategies
+        config = replace(config, parallel=fsdp2.Options())
+    strategy = distributed.together(lambda: setup.open_strategy(config, device, world))
+    model = distributed.together(lambda: setup.sharded_model(config, opened.tokenizer, strategy))
+    initialize(model, config.seed, strategy.initial_device)
     if export is None:
         path, manifest = distributed.on_rank_zero(lambda: manifests.pick(folder, step))
         distributed.together(lambda: setup.check_data(manifest, opened.identity()))
-        load(path, manifest, setup.model_tensors(model), prefix="model.")
+        load(path, manifest, model_tensors(model), prefix="model.")
         source = {"checkpoint": path.name, "step": manifest.step, "sequences_trained_on": manifest.position}
     else:
         distributed.together(lambda: fill(model, export))
         source = {"export": str(export)}
+    strategy.connect(model, None)
     rows = config.train.micro_batch_size
     shown.stage("validation loss")
     borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
@@ -90,7 +96,7 @@ def evaluate(
             answer["tasks"][short] = distributed.together(
                 lambda some=some: score(
                     model, tokenizer, some, length=config.data.sequence_length, batch=rows, device=device,
-                    context=lambda: strategy.forward_context(config.train.precision, device),
+                    context=strategy.context,
                 )
             )  # fmt: skip
     shown.stage("")
@@ -104,8 +110,8 @@ def fill(model: Any, export: Path) -> None:
     Raises:
         RunError: it is no export, or of another model.
     """
-    whole = dict(setup.model_tensors(exported_model(export)))
-    tensors = setup.model_tensors(model)
+    whole = dict(model_tensors(exported_model(export)))
+    tensors = model_tensors(model)
     for name in sorted(whole.keys() | tensors.keys()):
         theirs, ours = (list(side[name].shape) if name in side else None for side in (whole, tensors))
         if theirs != ours:

@@ -74,9 +74,16 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights (tied ones once) and persistent buffers, by the names that checkpoints use."""
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    persistent = model.state_dict().keys()
+    return tensors | {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
 def parameter_count(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """Parameters, tied ones once; those that ZeRO has taken apart, by the size they had."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def _known_keys(config_class: type) -> set[str]:
