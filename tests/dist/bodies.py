@@ -43,16 +43,21 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
+# Fused weights, as outputs x inputs; and weights stored as inputs x outputs.
+PHI3 = LLAMA | {"model_type": "phi3", "pad_token_id": 0}
+GPT2 = {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 3}
+
+
 def model_of(seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     return spread_model_of(fsdp2.Options(), seed, dtype=dtype, **changes)[0]
 
 
 def spread_model_of(
-    options: Any, seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: Any
+    options: Any, seed: int = 0, *, dtype: torch.dtype = torch.float32, config: Any = None, **changes: Any
 ) -> tuple[Any, Any]:
     """A model under the strategy that the options belong to, and the strategy."""
     shape = architecture(
-        ModelConfig(config=LLAMA | changes), vocab_size=VOCABULARY, bos=0, eos=1, max_length=LENGTH
+        ModelConfig(config=(config or LLAMA) | changes), vocab_size=VOCABULARY, bos=0, eos=1, max_length=LENGTH
     )
     model = build(shape).to(dtype)
     module = alternatives("trainer.parallel")[options.name]
@@ -77,23 +82,28 @@ def initial_state(seed: int, tied: bool) -> dict[str, str]:
     return fingerprint(tensors)
 
 
-def optimizer_steps(name: str, steps: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+def optimizer_steps(
+    name: str, steps: int, options: dict[str, Any], config: Any = None
+) -> dict[str, torch.Tensor]:
     """Whole weights and state after steps on gradients that depend on names and steps only."""
     raw = {
         "name": "t", "model": {"config": LLAMA}, "data": {"path": "stdlib"}, "optim": {"name": name, **options},
         "train": {"length": "1 steps", "tokens_per_step": 1024}, "parallel": {"name": "fsdp2"},
     }  # fmt: skip
-    model = model_of()
+    model = model_of(config=config)
     optimizer = build_optimizer(model, configuration.parse(raw).optim)
     for step in range(steps):
         for key, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(hash_of(f"{key}{step}"))
-            gradient = torch.randn(parameter.shape, generator=generator)
+            gradient = gradient_of(key, step, parameter.shape)
             parameter.grad = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
         optimizer.step()
     names = {parameter: key for key, parameter in model.named_parameters()}
     tensors = dict(model.named_parameters()) | optimizer.state_tensors(names)
     return {key: whole(value.detach()) for key, value in tensors.items()}
+
+
+def gradient_of(name: str, step: int, shape: torch.Size) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(hash_of(f"{name}{step}")))
 
 
 def hash_of(text: str) -> int:
