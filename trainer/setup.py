@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -18,12 +19,18 @@ from trainer.checkpoint.load import load, newest_verified
 from trainer.config import RunConfig
 from trainer.data.batches import Batches
 from trainer.derive import Derived, derive
+from trainer.files import read_json, write_json
 from trainer.guard.signals import Flag
 from trainer.metrics import history
 from trainer.metrics.history import History
 from trainer.metrics.progress import Progress
-from trainer.model.build import architecture, blocks, build, parameter_count
-from trainer.model.init import initialize
+from trainer.model import pretrained
+from trainer.model.build import architecture, as_json, build, model_tensors, parameter_count
+from trainer.model.check import check_model
+from trainer.model.flops import flops_per_token, peak_flops
+from trainer.model.init import allocate, initialize
+from trainer.model.microbatch import largest_that_fits, micro_steps, rehearse
+from trainer.model.prepare import prepare
 from trainer.optim import build_optimizer
 from trainer.outcome import RunError
 
@@ -48,6 +55,9 @@ class Run:
     validation: Batches
     history: History
     progress: Progress
+    architecture: dict[str, Any]
+    flops_per_token: int | None
+    peak_flops: float | None
     started: float = field(default_factory=time.monotonic)
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = -1
@@ -66,21 +76,20 @@ class Run:
             f"optim.{key}": value for key, value in self.optimizer.state_tensors(self.names).items()
         }
 
+    def lineage(self) -> dict[str, Any]:
+        """Where the run came from, as `run.json` records it."""
+        lineage: dict[str, Any] = read_json(self.folder / "run.json").get("lineage", {})
+        return lineage
+
     def state(self) -> dict[str, Any]:
         """All of a checkpoint that is no tensor."""
         return {
             "optimizer": self.optimizer.hyperparameters(),
             "bad_steps": self.bad_steps,
             "skipped": self.skipped,
+            "architecture": self.architecture,
             "data": data_identity(self.table),
         }
-
-
-def model_tensors(model: Any) -> dict[str, Any]:
-    """Weights (tied ones once) and persistent buffers, by the names that checkpoints use."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    persistent = model.state_dict().keys()
-    return tensors | {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
 def data_identity(table: Any) -> dict[str, Any]:
@@ -93,6 +102,16 @@ def data_identity(table: Any) -> dict[str, Any]:
     }
 
 
+@dataclass
+class Made:
+    """A model spread by its strategy, with storage but without values, and its optimizer."""
+
+    model: Any
+    strategy: Any
+    optimizer: Any
+    flops_per_token: int | None
+
+
 def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
     """Build everything, restore the newest verified checkpoint if there is one, and print what follows from the config."""
     device = distributed.start(config.resources)
@@ -100,9 +119,11 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
     progress = Progress(rank == 0, 0)
     table = open_data(config, folder, progress)
     derived = distributed.together(lambda: derive(config, world, table.train.sequences))
-    model, strategy = distributed.together(lambda: sharded_model(config, table.facts, device, world))
-    initialize(model, config.seed, device)
-    optimizer = distributed.together(lambda: build_optimizer(model, config.optim))
+    source, below = starting_point(config, folder)
+    shape = distributed.together(lambda: shape_of(config, table.facts, below))
+    made, derived = fitting(config, shape, derived, table, device, folder, progress)
+    model = made.model
+    initialize(model, config.seed, device, weights=source is None)
     rows = config.train.micro_batch_size
     run = Run(
         config=config,
@@ -113,17 +134,23 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
         table=table,
         derived=derived,
         model=model,
-        strategy=strategy,
-        optimizer=optimizer,
+        strategy=made.strategy,
+        optimizer=made.optimizer,
         parameters=list(model.parameters()),
         names={parameter: name for name, parameter in model.named_parameters()},
         batches=Batches(table.train, config.data.order_seed, rank, world, derived.rows, derived.micro_steps),
-        validation=Batches(table.validation, None, rank, world, rows, 1),
+        validation=Batches(table.validation, None, rank, world, derived.rows if rows == "auto" else rows, 1),
         history=History(None),
         progress=progress,
+        architecture=as_json(shape),
+        flops_per_token=made.flops_per_token,
+        peak_flops=peak_flops(device, config.train.precision),
     )
     progress.steps = derived.steps
+    if source is not None:
+        start_from(run, source)
     restore(run)
+    distributed.together(lambda: check_model(model, made.strategy, config.train.precision, device))
     if rank == 0:
         run.history = History(folder / "metrics.jsonl")
         facts = {key: table.facts[key] for key in ("python", "corpus_digest", "unigram_bits_per_byte")}
@@ -146,20 +173,86 @@ def open_data(config: RunConfig, folder: Path, progress: Progress) -> Any:
     return distributed.together(lambda: data.open_table(path, config.data))
 
 
-def sharded_model(config: RunConfig, facts: dict[str, Any], device: torch.device, world: int) -> tuple[Any, Any]:
-    """The model on the meta device, spread by the strategy, and the strategy's file."""
-    strategy = import_module(f"trainer.parallel.{config.parallel.name}")
-    shape = architecture(
+def starting_point(config: RunConfig, folder: Path) -> tuple[pretrained.Source | None, dict[str, Any] | None]:
+    """The weights that a run without a checkpoint of its own starts from, and the architecture that came with them."""
+
+    def look() -> tuple[pretrained.Source | None, dict[str, Any] | None]:
+        if config.model.init_from is None:
+            return None, None
+        for generation in manifests.generations(folder / "checkpoints"):
+            with suppress(manifests.Damaged):
+                return None, manifests.read(generation).state["architecture"]
+        source = pretrained.find(config.model.init_from)
+        pretrained.check_vocabulary(source, folder / "tokenizer")
+        return source, source.architecture()
+
+    return distributed.on_rank_zero(look)
+
+
+def shape_of(config: RunConfig, facts: dict[str, Any], below: dict[str, Any] | None) -> Any:
+    """The `transformers` configuration of the run's model."""
+    return architecture(
         config.model,
         vocab_size=facts["vocab_size"],
         bos=facts["bos"],
         eos=facts["eos"],
         max_length=config.data.sequence_length,
+        below=below,
     )
-    model = build(shape)
-    model = strategy.shard(model, blocks(model), config.parallel, config.train.precision, device, world)
+
+
+def make(config: RunConfig, shape: Any, device: torch.device, world: int) -> Made:
+    """Build the model, prepare its blocks, spread it, give it storage, and make its optimizer."""
+    strategy = import_module(f"trainer.parallel.{config.parallel.name}")
+    model: Any = build(shape)
+    flops = flops_per_token(model, config.data.sequence_length)
+    blocks = prepare(model, config.train, device)
+    model = strategy.shard(model, blocks, config.parallel, config.train.precision, device, world)
     model.train()
-    return model, strategy
+    allocate(model, device)
+    return Made(model, strategy, build_optimizer(model, config.optim), flops)
+
+
+def fitting(
+    config: RunConfig, shape: Any, derived: Derived, table: Any, device: torch.device, folder: Path, progress: Progress
+) -> tuple[Made, Derived]:
+    """The model, and the portions of a step: those of the configuration, or under `auto` the largest that fit."""
+    world, made = distributed.world(), None
+
+    def attempt(rows: int) -> list[int]:
+        nonlocal made
+        made = None  # the one that ran out of memory must be gone before the next is made
+        made = distributed.together(lambda: make(config, shape, device, world))
+        with torch.no_grad():
+            for tensor in (*made.model.parameters(), *made.model.buffers()):
+                tensor.zero_()
+        count = min(2, derive(config, world, table.train.sequences, rows).micro_steps)
+        current = made
+        out = rehearse(made.model, lambda: micro_steps(current.model, current.strategy, config, rows, device, count))
+        made = None if out else made
+        return out
+
+    def say(text: str) -> None:
+        progress.say(text)
+        if distributed.rank() == 0:
+            runfolder.record_event(folder, "micro batch", message=text)
+
+    if config.train.micro_batch_size != "auto":
+        return distributed.together(lambda: make(config, shape, device, world)), derived
+    rows = largest_that_fits(derived.rows, attempt, say)
+    assert made is not None
+    return made, derive(config, world, table.train.sequences, rows)
+
+
+def start_from(run: Run, source: pretrained.Source) -> None:
+    """Load the weights that the run starts from, and record where they came from."""
+    count = pretrained.load_weights(run.model, source)
+    run.progress.say(f"started from {source.folder}: {count} tensors")
+    if distributed.rank() == 0:
+        lineage = source.lineage()
+        runfolder.record_event(run.folder, "initialized", **lineage)
+        record = read_json(run.folder / "run.json")
+        write_json(run.folder / "run.json", {**record, "lineage": {**record["lineage"], **lineage}})
 
 
 def restore(run: Run) -> None:
@@ -210,7 +303,8 @@ def describe(run: Run) -> None:
     run.progress.table(
         f"run {config.name}",
         [
-            ("model", f"{config.model.config['model_type']}, {parameter_count(run.model):,} parameters"),
+            ("model", f"{run.architecture['model_type']}, {parameter_count(run.model):,} parameters"),
+            ("compute", compute_of(run)),
             ("data", f"{train['sequences']:,} sequences of {config.data.sequence_length} tokens, "
                      f"{train['bytes'] / max(train['tokens'], 1):.2f} bytes per token, digest {train['sha256'][:12]}"),
             ("tokenizer", f"{facts['vocab_size']:,} tokens, digest {facts['tokenizer_digest'][:12]}, "
@@ -224,3 +318,11 @@ def describe(run: Run) -> None:
             ("baseline", f"{facts['unigram_bits_per_byte']:.4f} bits per byte (unigram entropy of the validation tokens)"),
         ],
     )  # fmt: skip
+
+
+def compute_of(run: Run) -> str:
+    """Operations per token and the peak that MFU refers to, as words."""
+    flops = "unknown" if run.flops_per_token is None else f"{run.flops_per_token:,}"
+    if run.peak_flops is None:
+        return f"{flops} FLOPs per token; the peak of this device is unknown, and so is MFU"
+    return f"{flops} FLOPs per token; MFU of {run.peak_flops / 1e12:g} TFLOP/s per device"

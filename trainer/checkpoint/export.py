@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer import config as configuration
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.load import load
 from trainer.files import fsync_folder, read_json
-from trainer.model.build import architecture, build
+from trainer.model.build import build, from_json, model_tensors
 from trainer.model.init import initialize
 from trainer.outcome import Outcome, RunError
-from trainer.setup import model_tensors
 
 
 def export(run: Path, checkpoint: Path, target: Path) -> float:
@@ -50,17 +48,8 @@ def export(run: Path, checkpoint: Path, target: Path) -> float:
 
 def restored_model(run: Path, checkpoint: Path, manifest: manifests.Manifest) -> Any:
     """The trainer's own model in one process, with the checkpoint's weights."""
-    config = configuration.parse(manifest.config)
-    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer", local_files_only=True)
-    shape = architecture(
-        config.model,
-        vocab_size=len(tokenizer),
-        bos=tokenizer.bos_token_id,
-        eos=tokenizer.eos_token_id,
-        max_length=config.data.sequence_length,
-    )
-    model = build(shape)
-    initialize(model, config.seed, torch.device("cpu"))
+    model = build(from_json(manifest.state["architecture"]))
+    initialize(model, 0, torch.device("cpu"), weights=False)
     load(checkpoint, manifest, model_tensors(model), prefix="model.")
     return model.eval()
 

@@ -21,7 +21,7 @@ def validation_loss(run: Any) -> tuple[float, int, int]:
     """(mean loss in nats, tokens, bytes) over the validation sequences, or the first `evaluate.sequences` of them."""
     total = run.table.validation.sequences
     total = min(total, run.config.evaluate.sequences or total)
-    portion = distributed.world() * run.config.train.micro_batch_size
+    portion = distributed.world() * run.validation.rows
     run.model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     for start in range(0, total, portion):
