@@ -29,20 +29,19 @@ def install(model: Any, chunk: int) -> None:
     Raises:
         RunError: the architecture does not keep its decoder apart from its head.
     """
-    decoder = model.base_model
-    if decoder is model or not isinstance(decoder, nn.Module):
-        raise RunError(
-            f"{model.config.model_type} does not keep its decoder apart from its head: logits cannot be made in chunks",
-            where="train.loss_chunk",
-            mend="leave train.loss_chunk out",
-        )
+    decoder = next((m for m in (model.get_decoder(), model.base_model, getattr(model, "model", None)) if m not in (None, model)), None)
+    if not isinstance(decoder, nn.Module):
+        raise _no_decoder(model)
     own = model.forward
 
     def forward(*arguments: Any, targets: Tensor | None = None, **options: Any) -> Any:
         if targets is None:
             return own(*arguments, **options)
         chunk = model.loss_chunk
-        hidden, kind, balance = decoded(own, decoder, arguments, options)
+        found = decoded(own, decoder, arguments, options)
+        if found is None:
+            raise _no_decoder(model)
+        hidden, kind, balance = found
         head = head_of(own, decoder, kind, model.config)
         flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         if torch.is_grad_enabled():
@@ -57,8 +56,19 @@ def install(model: Any, chunk: int) -> None:
     model.loss_chunk = chunk
 
 
-def decoded(own: Callable[..., Any], decoder: Any, arguments: Any, options: Any) -> tuple[Tensor, Any, Tensor | None]:
-    """Hidden states (rows, L, d) as the model's own forward makes them, their kind of output, and its balancing loss."""
+def _no_decoder(model: Any) -> RunError:
+    return RunError(
+        f"{model.config.model_type} does not keep its decoder apart from its head: logits cannot be made in chunks",
+        where="train.loss_chunk",
+        mend="leave train.loss_chunk out",
+    )
+
+
+def decoded(
+    own: Callable[..., Any], decoder: Any, arguments: Any, options: Any
+) -> tuple[Tensor, Any, Tensor | None] | None:
+    """Hidden states (rows, L, d) as the model's own forward makes them, their kind of output, and its balancing loss;
+    None if it does not call the decoder."""
     true, kept = decoder.forward, []
 
     def first_token(*arguments: Any, **options: Any) -> Any:
@@ -69,8 +79,7 @@ def decoded(own: Callable[..., Any], decoder: Any, arguments: Any, options: Any)
 
     with _instead(decoder, first_token):
         answer = own(*arguments, **options)
-    hidden, kind = kept[0]
-    return hidden, kind, getattr(answer, "aux_loss", None)
+    return (*kept[0], getattr(answer, "aux_loss", None)) if kept else None
 
 
 def head_of(own: Callable[..., Any], decoder: Any, kind: Any, config: Any) -> Callable[[Tensor], Tensor]:
@@ -87,8 +96,10 @@ def head_of(own: Callable[..., Any], decoder: Any, kind: Any, config: Any) -> Ca
 
 def head_parameters(model: Any, decoder: Any) -> list[Tensor]:
     """All weights that act after the decoder; tied ones too. Under FSDP2 within a forward: the gathered ones."""
-    found = dict.fromkeys(p for child in model.children() if child is not decoder for p in child.parameters())
-    return [*found, *(p for p in model.parameters(recurse=False) if p not in found)]
+    inside = set(decoder.parameters())
+    head = model.get_output_embeddings()
+    tied = head.parameters() if head is not None else ()
+    return list(dict.fromkeys([*(p for p in model.parameters() if p not in inside), *tied]))
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -99,6 +110,7 @@ class _SummedLoss(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         trained = [w for w in weights if w.requires_grad]
+        used = [False] * len(weights)
         for piece, target, slot in zip(hidden.split(chunk), targets.split(chunk), by_hidden.split(chunk), strict=True):
             with torch.enable_grad():
                 leaf = piece.detach().requires_grad_()
@@ -106,15 +118,16 @@ class _SummedLoss(torch.autograd.Function):
                 first, *rest = torch.autograd.grad(loss, [leaf, *trained], allow_unused=True)
             slot.copy_(first)
             gradients = iter(rest)
-            for weight, summed in zip(weights, sums, strict=True):
+            for index, (weight, summed) in enumerate(zip(weights, sums, strict=True)):
                 gradient = next(gradients) if weight.requires_grad else None
                 if gradient is not None:
                     summed += gradient
+                    used[index] = True
             total += loss.detach()
             dtype = loss.dtype
             del loss, leaf, first, rest, gradients, gradient  # one chunk at a time
         ctx.save_for_backward(by_hidden, *sums)
-        ctx.dtypes = [w.dtype if w.requires_grad else None for w in weights]
+        ctx.dtypes = [w.dtype if u else None for w, u in zip(weights, used, strict=True)]
         return total.to(dtype)
 
     @staticmethod
