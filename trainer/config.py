@@ -21,6 +21,7 @@ from trainer.config_data import SourceConfig as SourceConfig
 from trainer.config_data import TokenizerConfig as TokenizerConfig
 from trainer.config_data import check_data
 from trainer.metrics.options import MetricsConfig
+from trainer.model import library
 from trainer.outcome import RunError
 from trainer.registry import STRICT
 from trainer.units import Count, Interval, Length, Seconds, split_interval
@@ -46,8 +47,12 @@ class ModelConfig:
     """The architecture."""
 
     __pydantic_config__ = STRICT
-    config: dict[str, Any]
-    """A `transformers` configuration: `model_type` and its own keys. The vocabulary comes from the tokenizer."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """A `transformers` configuration: `model_type` and its own keys. The vocabulary comes from the tokenizer. With
+    `init_from` it may be left out, or change single keys."""
+    init_from: str | None = None
+    """Weights to start from: a folder in the Hugging Face format, a run's folder, or one of its checkpoints. The run's
+    tokenizer must be that of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +79,16 @@ class TrainConfig:
     """How long to train: `600 steps`, `1B tokens` or `3 epochs`."""
     tokens_per_step: Positive
     """Tokens of one optimizer step over all ranks; accumulation follows from it."""
-    micro_batch_size: Annotated[int, Field(gt=0)] = 8
-    """Most sequences that a rank takes through the model at once."""
+    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 8
+    """Most sequences that a rank takes through the model at once. `auto` tries a rank's whole share of a step before
+    training, and half as many wherever a rank runs out of memory; the update stays the same."""
+    loss_chunk: Annotated[Count, Field(gt=0)] | None = None
+    """Tokens whose logits exist at a time: saves memory where the vocabulary is large. None makes all logits at once."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What a block keeps for its backward: everything, only its input, or the results of matrix products and attention;
+    the rest is computed again."""
+    compile: bool = False
+    """Compile each block by torch.compile; on the CPU this needs a C++ compiler."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Global gradient norm above which gradients are scaled down; none does not clip."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -177,9 +190,10 @@ class RunConfig:
 
 # Keys that may change between a save and the resume from it; every other key is part of what the run is.
 CHANGEABLE = (
-    "name", "runs", "data.folder", "data.max_epochs", "train.length", "train.micro_batch_size", "train.clip_norm",
-    "train.time_limit", "train.max_bad_steps", "schedule", "parallel", "checkpoint", "evaluate", "metrics",
-    "resources", "finish", "optim.lr", "optim.weight_decay", "optim.adamw.lr", "optim.adamw.weight_decay",
+    "name", "runs", "data.folder", "data.max_epochs", "train.length", "train.micro_batch_size", "train.loss_chunk",
+    "train.activation_checkpointing", "train.compile", "train.clip_norm", "train.time_limit", "train.max_bad_steps",
+    "schedule", "parallel", "checkpoint", "evaluate", "metrics", "resources", "finish",
+    "optim.lr", "optim.weight_decay", "optim.adamw.lr", "optim.adamw.weight_decay",
 )  # fmt: skip
 
 _adapter: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
@@ -317,12 +331,10 @@ def _check(config: RunConfig, source: Source) -> None:
         )
     try:
         registry.alternatives("trainer.parallel")[config.parallel.name].check(config.parallel, config.optim)
+        library.check(config.model.config)
     except RunError as error:
         raise RunError(error.what, where=source.where(error.where), mend=error.mend) from None
-    if "model_type" not in config.model.config:
-        raise RunError(
-            "model.config.model_type is missing", where=source.where("model.config"), mend="add it, e.g. llama"
-        )
+    _check_model(config, source)
     for key, interval in (
         ("evaluate.every", config.evaluate.every),
         ("metrics.groups_every", config.metrics.groups_every),
@@ -340,3 +352,23 @@ def _check(config: RunConfig, source: Source) -> None:
                 where=source.where(key),
                 mend="leave them out and give them through the environment (docs/metrics.md)",
             )
+
+
+def _check_model(config: RunConfig, source: Source) -> None:
+    model, data = config.model, config.data
+    if config.train.micro_batch_size == "auto" and config.parallel.name == "deepspeed":
+        raise RunError(
+            "train.micro_batch_size: auto works with fsdp2, ddp and single, not with deepspeed",
+            where=source.where("train.micro_batch_size"),
+            mend="give a number of sequences",
+        )
+    if model.init_from is None and "model_type" not in model.config:
+        raise RunError(
+            "model.config.model_type is missing", where=source.where("model.config"), mend="add it, e.g. llama"
+        )
+    if model.init_from is not None and data.table is None and data.tokenizer.path is None:
+        raise RunError(
+            "model.init_from needs the tokenizer of its weights, and this run would train a new one",
+            where=source.where("model.init_from"),
+            mend="give data.tokenizer.path: the folder of the weights, or tokenizer/ of the run that made them",
+        )

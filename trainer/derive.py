@@ -28,7 +28,7 @@ class Derived:
     micro_steps: int
     """Forward and backward passes of each rank per optimizer step."""
     rows: int
-    """Sequences of one micro-step on one rank, at most `train.micro_batch_size`."""
+    """Sequences of one micro-step on one rank, at most `train.micro_batch_size`; under `auto` what was found to fit."""
     sequences: int
     """Sequences of the whole run; the position in the data runs from 0 to this."""
     steps: int
@@ -37,8 +37,11 @@ class Derived:
     """Sequences that `data.max_epochs` allows; the run ends with `out of data` there."""
 
 
-def derive(config: RunConfig, world: int, data: Epochs) -> Derived:
+def derive(config: RunConfig, world: int, data: Epochs, rows: int | None = None) -> Derived:
     """Work out steps and micro-steps.
+
+    Args:
+        rows: most sequences of a micro-step under `train.micro_batch_size: auto`; None is a rank's whole share of a step.
 
     Raises:
         RunError: more ranks than sequences in a step.
@@ -62,7 +65,9 @@ def derive(config: RunConfig, world: int, data: Epochs) -> Derived:
         raise RunError(
             f"train.length = {train.length} is less than one sequence", where="train.length", mend="raise it"
         )
-    micro_steps = math.ceil(per_step / (world * train.micro_batch_size))
+    share = math.ceil(per_step / world)
+    most = (rows or share) if train.micro_batch_size == "auto" else train.micro_batch_size
+    micro_steps = math.ceil(per_step / (world * most))
     limit = config.data.max_epochs
     return Derived(
         sequences_per_step=per_step,

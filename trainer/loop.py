@@ -15,8 +15,9 @@ from trainer.checkpoint.save import save
 from trainer.derive import evaluation_interval
 from trainer.evaluate.loss import mixed, validation_losses
 from trainer.guard.verdict import Verdict, agree
+from trainer.model.flops import utilization
 from trainer.model.init import module_seed
-from trainer.model.loss import summed_loss, token_count
+from trainer.model.loss import losses, token_count
 from trainer.outcome import Outcome
 from trainer.schedule import factor
 from trainer.setup import Run
@@ -92,8 +93,8 @@ def forward_backward(run: Run, count: int) -> Verdict:
         tokens += token_count(batch.targets)
         run.strategy.synchronize(last=index == len(micro_batches) - 1)
         with run.strategy.context():
-            loss = summed_loss(run.strategy.forward, *batch.to(run.device))
-        run.strategy.backward(loss / expected)
+            loss, objective = losses(run.strategy.forward, *batch.to(run.device))
+        run.strategy.backward(objective / expected)
         loss_sum += loss.detach().double()
     limit = run.config.train.time_limit
     return agree(
@@ -145,6 +146,7 @@ def record(run: Run, verdict: Verdict, start: int, count: int, rate: float, seco
     report_passes(run, start)
     density = verdict.tokens / max(run.batches.bytes(start, count), 1)
     finite = verdict.finite
+    mfu = utilization(run.flops_per_token, verdict.tokens / seconds, run.peak_flops, distributed.world())
     run.history.write(
         step=run.step,
         position=run.position,
@@ -155,11 +157,12 @@ def record(run: Run, verdict: Verdict, start: int, count: int, rate: float, seco
         learning_rate_factor=rate,
         tokens=verdict.tokens,
         tokens_per_second=round(verdict.tokens / seconds, 1),
+        mfu="unknown" if mfu is None else round(mfu, 4),
         seconds=round(seconds, 4),
         data_seconds=round(run.data_seconds, 4),
         **run.groups.take(),
     )
-    run.progress.step(run.step, verdict.loss, verdict.loss / math.log(2) * density, verdict.tokens / seconds)
+    run.progress.step(run.step, verdict.loss, verdict.loss / math.log(2) * density, verdict.tokens / seconds, mfu)
 
 
 def epochs(run: Run) -> dict[str, Any]:
@@ -211,7 +214,8 @@ def checkpoint(run: Run) -> None:
     report_rejected(run, int(distributed.sum_over_ranks([float(run.optimizer.take_rejected())], run.device)[0]))
     folder = save(
         run.checkpoints, run.step, run.position, run.tensors(),
-        config=configuration.resolved(run.config), state=run.state(), lineage={"run": run.config.name},
+        config=configuration.resolved(run.config), state=run.state(),
+        lineage={**run.lineage(), "run": run.config.name},
         attempt=run.attempt,
     )  # fmt: skip
     run.saved_step, run.saved_at = run.step, time.monotonic()

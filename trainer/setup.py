@@ -6,7 +6,6 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from trainer import config as configuration
 from trainer import data, distributed, runfolder
+from trainer.assembly import fitting, open_strategy, shape_of, starting_point
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.load import load, newest_verified
 from trainer.config import RunConfig
@@ -22,14 +22,18 @@ from trainer.data.batches import Batches
 from trainer.data.masking import Borders
 from trainer.derive import Derived, derive
 from trainer.evaluate.samples import Samples
+from trainer.files import read_json, write_json
 from trainer.guard.signals import Flag
 from trainer.metrics import follow, history
 from trainer.metrics.groups import GroupMetrics
 from trainer.metrics.history import History
 from trainer.metrics.progress import Progress
 from trainer.metrics.trace import Trace
-from trainer.model.build import architecture, blocks, build, parameter_count
+from trainer.model import pretrained
+from trainer.model.build import as_json, parameter_count
+from trainer.model.check import check_model
 from trainer.model.documents import check_documents_apart
+from trainer.model.flops import peak_flops
 from trainer.model.init import initialize
 from trainer.outcome import RunError
 from trainer.units import split_interval
@@ -58,6 +62,9 @@ class Run:
     groups: GroupMetrics
     trace: Trace
     progress: Progress
+    architecture: dict[str, Any]
+    flops_per_token: int | None
+    peak_flops: float | None
     started: float = field(default_factory=time.monotonic)
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = -1
@@ -76,12 +83,18 @@ class Run:
         found: dict[str, Any] = self.strategy.tensors(self.model, self.optimizer, self.names)
         return found
 
+    def lineage(self) -> dict[str, Any]:
+        """Where the run came from, as `run.json` records it."""
+        lineage: dict[str, Any] = read_json(self.folder / "run.json").get("lineage", {})
+        return lineage
+
     def state(self) -> dict[str, Any]:
         """All of a checkpoint that is no tensor."""
         return {
             "optimizer": self.optimizer.hyperparameters(),
             "bad_steps": self.bad_steps,
             "skipped": self.skipped,
+            "architecture": self.architecture,
             "data": self.data.identity(),
         }
 
@@ -98,12 +111,15 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
     opened = open_data(config, folder, progress)
     borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
     derived = distributed.together(lambda: derive(config, world, opened.train))
-    model = distributed.together(lambda: sharded_model(config, opened.tokenizer, strategy))
-    initialize(model, config.seed, strategy.initial_device)
-    if borders is not None:
-        check_masking(model, strategy, config, opened.tokenizer["vocab_size"], device)
-    optimizer = distributed.together(lambda: strategy.optimizer(model, config.optim))
-    strategy.connect(model, optimizer)
+    source, below = starting_point(config, folder)
+    shape = distributed.together(lambda: shape_of(config, opened.tokenizer, below))
+    made, derived = fitting(config, shape, derived, opened.train, strategy, folder, progress)
+    model = made.model
+    initialize(model, config.seed, strategy.initial_device, weights=source is None)
+    loaded = pretrained.load_weights(model, source) if source is not None else 0
+    if made.optimizer is None:
+        made.optimizer = distributed.together(lambda: strategy.optimizer(model, config.optim))
+        strategy.connect(model, made.optimizer)
     rows = config.train.micro_batch_size
     run = Run(
         config=config,
@@ -115,21 +131,32 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
         derived=derived,
         model=model,
         strategy=strategy,
-        optimizer=optimizer,
+        optimizer=made.optimizer,
         parameters=list(model.parameters()),
         names={parameter: name for name, parameter in model.named_parameters()},
         batches=Batches(opened.train, rank, world, derived.rows, derived.micro_steps, borders),
-        validation={n: Batches(split, rank, world, rows, 1, borders) for n, split in opened.validation.items()},
+        validation={
+            name: Batches(split, rank, world, derived.rows if rows == "auto" else rows, 1, borders)
+            for name, split in opened.validation.items()
+        },
         samples=Samples(folder, config.evaluate.prompts, config.evaluate.tokens, config.seed),
         history=History(None),
         groups=group_metrics(
-            config, optimizer, sum(s.sequences for s in opened.train.sources) / derived.sequences_per_step
+            config, made.optimizer, sum(s.sequences for s in opened.train.sources) / derived.sequences_per_step
         ),
         trace=trace,
         progress=progress,
+        architecture=as_json(shape),
+        flops_per_token=made.flops_per_token,
+        peak_flops=peak_flops(device, config.train.precision),
     )
     progress.steps = derived.steps
+    if source is not None:
+        record_start(run, source, loaded)
     restore(run)
+    distributed.together(lambda: check_model(model, strategy, config.train.precision, device))
+    if borders is not None:
+        check_masking(run)
     if rank == 0:
         run.history = open_history(run)
         record_data(folder, opened)
@@ -180,33 +207,22 @@ def record_data(folder: Path, opened: Data) -> None:
     runfolder.record_event(folder, "data", tables=tables, unigram_bits_per_byte=unigram, **opened.identity())
 
 
-def check_masking(model: Any, strategy: Any, config: RunConfig, vocab_size: int, device: torch.device) -> None:
+def check_masking(run: Run) -> None:
     """Refuse a model that lets documents see each other, on all ranks alike."""
-    context = strategy.context()
-    length = config.data.sequence_length
-    distributed.together(lambda: check_documents_apart(model, vocab_size, length, context, device))
-    strategy.settle(model)
+    vocabulary, length = run.data.tokenizer["vocab_size"], run.config.data.sequence_length
+    context = run.strategy.context()
+    distributed.together(lambda: check_documents_apart(run.strategy.forward, vocabulary, length, context, run.device))
+    run.strategy.settle(run.model)
 
 
-def open_strategy(config: RunConfig, device: torch.device, world: int) -> Any:
-    """The strategy of the run, which refuses what it cannot do on these ranks before any data is prepared."""
-    module = import_module(f"trainer.parallel.{config.parallel.name}")
-    return module.Strategy(config.parallel, config.train.precision, device, world)
-
-
-def sharded_model(config: RunConfig, facts: dict[str, Any], strategy: Any) -> Any:
-    """The model on the meta device, spread by the strategy."""
-    shape = architecture(
-        config.model,
-        vocab_size=facts["vocab_size"],
-        bos=facts["bos"],
-        eos=facts["eos"],
-        max_length=config.data.sequence_length,
-    )
-    model = build(shape)
-    strategy.shard(model, blocks(model))
-    model.train()
-    return model
+def record_start(run: Run, source: pretrained.Source, count: int) -> None:
+    """Record where the weights came from that the run starts from."""
+    run.progress.say(f"started from {source.folder}: {count} tensors")
+    if distributed.rank() == 0:
+        lineage = source.lineage()
+        runfolder.record_event(run.folder, "initialized", **lineage)
+        record = read_json(run.folder / "run.json")
+        write_json(run.folder / "run.json", {**record, "lineage": {**record["lineage"], **lineage}})
 
 
 def restore(run: Run) -> None:
@@ -265,7 +281,8 @@ def describe(run: Run) -> None:
     run.progress.table(
         f"run {config.name}",
         [
-            ("model", f"{config.model.config['model_type']}, {parameter_count(run.model):,} parameters"),
+            ("model", f"{run.architecture['model_type']}, {parameter_count(run.model):,} parameters"),
+            ("compute", compute_of(run)),
             *data.summary(run.data),
             ("tokenizer", f"{tokenizer['vocab_size']:,} tokens, digest {tokenizer['tokenizer_digest'][:12]}"),
             ("ranks", f"{world} x {run.device.type}, {config.train.precision}"),
@@ -278,3 +295,11 @@ def describe(run: Run) -> None:
             ("baseline", f"{run.data.unigram_bits_per_byte:.4f} bits per byte (unigram entropy of the validation tokens)"),
         ],
     )  # fmt: skip
+
+
+def compute_of(run: Run) -> str:
+    """Operations per token and the peak that MFU refers to, as words."""
+    flops = "unknown" if run.flops_per_token is None else f"{run.flops_per_token:,}"
+    if run.peak_flops is None:
+        return f"{flops} FLOPs per token; the peak of this device is unknown, and so is MFU"
+    return f"{flops} FLOPs per token; MFU of {run.peak_flops / 1e12:g} TFLOP/s per device"

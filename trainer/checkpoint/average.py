@@ -54,7 +54,7 @@ def average_checkpoints(
     refuse_existing(target)
     sources = [manifests.pick(run, step) for step in chosen]
     shares = weights_of(len(chosen), decay)
-    model = unfilled_model(run, sources[-1][1])
+    model = unfilled_model(sources[-1][1])
     tensors = model_tensors(model)
     _check(tensors, sources)
     for name, tensor in tensors.items():

@@ -14,7 +14,7 @@ from trainer import runfolder
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.load import load
 from trainer.files import fsync_folder, write_json
-from trainer.model.build import architecture, build, model_tensors
+from trainer.model.build import build, from_json, model_tensors
 from trainer.model.init import initialize
 from trainer.outcome import Outcome, RunError
 
@@ -67,24 +67,15 @@ def write(model: Any, run: Path, target: Path, records: dict[str, Any] | None = 
 
 def restored_model(run: Path, checkpoint: Path, manifest: manifests.Manifest) -> Any:
     """The trainer's own model in one process, with the checkpoint's weights."""
-    model = unfilled_model(run, manifest)
+    model = unfilled_model(manifest)
     load(checkpoint, manifest, model_tensors(model), prefix="model.")
     return model
 
 
-def unfilled_model(run: Path, manifest: manifests.Manifest) -> Any:
+def unfilled_model(manifest: manifests.Manifest) -> Any:
     """The trainer's own model in one process, its weights still to be loaded."""
-    config = configuration.parse(manifest.config)
-    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer", local_files_only=True)
-    shape = architecture(
-        config.model,
-        vocab_size=len(tokenizer),
-        bos=tokenizer.bos_token_id,
-        eos=tokenizer.eos_token_id,
-        max_length=config.data.sequence_length,
-    )
-    model: Any = build(shape)
-    initialize(model, config.seed, torch.device("cpu"))
+    model: Any = build(from_json(manifest.state["architecture"]))
+    initialize(model, 0, torch.device("cpu"), weights=False)
     return model.eval()
 
 

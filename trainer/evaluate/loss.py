@@ -51,7 +51,7 @@ def validation_losses(run: Any) -> dict[str, Measured]:
 @torch.no_grad()
 def _measure(run: Any, batches: Batches, total: int) -> Measured:
     total = min(total, run.config.evaluate.sequences or total)
-    portion = distributed.world() * run.config.train.micro_batch_size
+    portion = distributed.world() * batches.rows
     sums = torch.zeros(2, dtype=torch.float64)
     for start in range(0, total, portion):
         count = min(portion, total - start)

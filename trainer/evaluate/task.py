@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer import distributed, setup
+from trainer import assembly, distributed, setup
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.export import exported_model
 from trainer.checkpoint.load import load
@@ -54,9 +54,11 @@ def evaluate(
     opened = setup.open_data(config, folder, Progress(False, 0))
     if config.parallel.name == "deepspeed":  # it trains; its checkpoints are those of all strategies
         config = replace(config, parallel=fsdp2.Options())
-    strategy = distributed.together(lambda: setup.open_strategy(config, device, world))
-    model = distributed.together(lambda: setup.sharded_model(config, opened.tokenizer, strategy))
-    initialize(model, config.seed, strategy.initial_device)
+    strategy = distributed.together(lambda: assembly.open_strategy(config, device, world))
+    _, below = assembly.starting_point(config, folder)
+    shape = distributed.together(lambda: assembly.shape_of(config, opened.tokenizer, below))
+    model = distributed.together(lambda: assembly.make(config, shape, strategy)).model
+    initialize(model, config.seed, strategy.initial_device, weights=False)
     if export is None:
         path, manifest = distributed.on_rank_zero(lambda: manifests.pick(folder, step))
         distributed.together(lambda: setup.check_data(manifest, opened.identity()))
@@ -66,7 +68,7 @@ def evaluate(
         distributed.together(lambda: fill(model, export))
         source = {"export": str(export)}
     strategy.connect(model, None)
-    rows = config.train.micro_batch_size
+    rows = 8 if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
     shown.stage("validation loss")
     borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
     validation = {n: Batches(split, rank, world, rows, 1, borders) for n, split in opened.validation.items()}

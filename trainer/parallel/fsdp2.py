@@ -89,6 +89,10 @@ class Strategy(single.Strategy):
         if self.device.type == "cpu" and self.world > 1:
             self.reductions = overlap.install(wrapped, [model, *blocks])
 
+    def use_own_collectives(self, model: Any) -> None:
+        if self.reductions is not None:
+            overlap.use(_wrapped(model), self.reductions)
+
     def optimizer(self, model: Any, options: Any) -> Any:
         return optim.build_optimizer(model, options, spread_replicas=self.options.spread_replicas)
 

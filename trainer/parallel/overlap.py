@@ -67,10 +67,16 @@ class ReduceScatter:
 
 def install(wrapped: list[Any], chain: list[Any]) -> ReduceScatter:
     """Give all FSDP2 modules these collectives; `chain` is the root and the blocks in the order of their forwards."""
-    gather, reduce = Gather(), ReduceScatter()
-    for module in wrapped:
-        module.set_custom_all_gather(gather)
-        module.set_custom_reduce_scatter(reduce)
+    reduce = ReduceScatter()
+    use(wrapped, reduce)
     for module, following in itertools.pairwise(chain):
         module.set_modules_to_forward_prefetch([following])
     return reduce
+
+
+def use(wrapped: list[Any], reduce: ReduceScatter) -> None:
+    """Let FSDP2 modules gather, and reduce, by these."""
+    gather = Gather()
+    for module in wrapped:
+        module.set_custom_all_gather(gather)
+        module.set_custom_reduce_scatter(reduce)

@@ -81,6 +81,9 @@ class Strategy:
         """Join model and optimizer into what is called in a step; once, after both exist."""
         self.forward = model
 
+    def use_own_collectives(self, model: Any) -> None:
+        """Undo what a rehearsal put in place of the strategy's own collectives."""
+
     def synchronize(self, *, last: bool) -> None:
         """Say before a micro-step's forward whether it is the last of its step."""
 
