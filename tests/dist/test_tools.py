@@ -20,7 +20,7 @@ from trainer.evaluate.sampling import Sampling
 from trainer.evaluate.text import encode, generate, load_tokenizer
 from trainer.files import sha256_file
 from trainer.outcome import RunError
-from trainer.setup import model_tensors
+from trainer.model.build import model_tensors
 
 
 def lines(path: Path) -> list[dict]:

@@ -19,7 +19,7 @@ from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.export import refuse_existing, unfilled_model, write
 from trainer.checkpoint.manifest import Manifest
 from trainer.outcome import RunError
-from trainer.setup import model_tensors
+from trainer.model.build import model_tensors
 
 
 def weights_of(count: int, decay: float | None) -> list[float]:
