@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainer.config import RunConfig
+from trainer import runfolder
 from trainer.outcome import RunError
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ROOT = Path(__file__).parents[1]
@@ -50,19 +53,28 @@ def task(*arguments: str) -> int:
     return 128 + passed if passed and code else code
 
 
-def opened(name: str, runs: Path, overrides: list[str] | None = None) -> tuple[Path, RunConfig]:
-    """The folder and the configuration of an existing run, by its name, with overrides that a resume allows.
+def run_folder(name: str, runs: Path) -> Path:
+    """The folder of an existing run, by its name.
 
     Raises:
-        RunError: it is no run name, there is no such run, or an override changes what the run is.
+        RunError: it is no run name, or there is no such run.
     """
-    from trainer import runfolder
-
     if Path(name).name != name or name in ("", ".", ".."):
         raise RunError(
             f"'{name}' is no run name", where="command line", mend="give the name alone; --runs=FOLDER says where"
         )
-    return runs / name, runfolder.open_run(runs / name, overrides)
+    runfolder.check(runs / name)
+    return runs / name
+
+
+def opened(name: str, runs: Path, overrides: list[str] | None = None) -> tuple[Path, RunConfig]:
+    """The folder of an existing run and its configuration, with overrides that a resume allows.
+
+    Raises:
+        RunError: as `run_folder`; or an override changes what the run is.
+    """
+    folder = run_folder(name, runs)
+    return folder, runfolder.open_run(folder, overrides)
 
 
 def reference(name: str, runs: Path) -> str:

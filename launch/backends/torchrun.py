@@ -10,11 +10,13 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch import process
-from trainer.config import RunConfig
 from trainer.outcome import Outcome, read_outcome
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
 SHUTDOWN_SECONDS = 600
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,8 @@ from tyro.conf import arg
 
 from launch import process
 from launch.verbs.options import RunName, Runs
-from trainer import config as configuration
 from trainer import runfolder
 from trainer.checkpoint import manifest as manifests
-from trainer.config import RunConfig
-from trainer.derive import derive
-from trainer.outcome import RunError
-from trainer.schedule import factor
-from trainer.units import split_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +36,9 @@ class Branch:
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
+        from launch.branching import check_length, cooldown, show_rate
+        from trainer import config as configuration
+
         source, old = process.opened(self.run, self.runs)
         checkpoint, manifest = manifests.pick(source, self.from_step)
         if self.cooldown is not None:
@@ -66,49 +62,3 @@ class Branch:
             show_rate(config, manifest)
         print(f"go on with: orthogon resume {process.reference(new.name, self.runs)}")
         return 0
-
-
-def cooldown(length: str, manifest: manifests.Manifest, config: RunConfig, overrides: list[str]) -> list[str]:
-    """The overrides that let the rate fall over `length` from the checkpoint on.
-
-    Raises:
-        RunError: it is no length, or an override says something else.
-    """
-    for key in ("train.length", "schedule.decay", "schedule.name"):
-        if any(given.startswith(f"--{key}=") for given in overrides):
-            raise RunError(f"--cooldown sets {key}", where=f"command line, --{key}", mend="leave one of the two out")
-    try:
-        number, unit = split_length(length)
-    except ValueError as error:
-        raise RunError(str(error), where="command line, --cooldown", mend='e.g. --cooldown="100 steps"') from None
-    per_step = config.train.tokens_per_step // config.data.sequence_length
-    sequences = {"tokens": number / config.data.sequence_length, "epochs": number * manifest.state["data"]["sequences"]}
-    steps = max(1, math.ceil(number if unit == "steps" else sequences[unit] / per_step))
-    total = manifest.step + steps
-    found = [f"--train.length={total} steps", f"--schedule.decay={steps / total!r}"]
-    return found if config.schedule.name in ("wsd", "1-sqrt") else [*found, "--schedule.name=wsd"]
-
-
-def check_length(manifest: manifests.Manifest, config: RunConfig) -> int:
-    """The steps of the new run, which must lie beyond the checkpoint.
-
-    Raises:
-        RunError: nothing would be left to train.
-    """
-    derived = derive(config, 1, manifest.state["data"]["sequences"])
-    if derived.available <= manifest.position:
-        raise RunError(
-            f"the checkpoint of step {manifest.step} is at the end: train.length = {config.train.length} leaves nothing to train",
-            where="train.length",
-            mend=f'give more, e.g. --train.length="{manifest.step + max(1, manifest.step // 10)} steps", '
-            "or an earlier step with --from-step",
-        )
-    return derived.steps
-
-
-def show_rate(config: RunConfig, manifest: manifests.Manifest) -> None:
-    """The factor of the learning rate at the next step, under one run's schedule."""
-    steps = derive(config, 1, manifest.state["data"]["sequences"]).steps
-    if manifest.step < steps:
-        rate = factor(config.schedule, manifest.step, steps)
-        print(f"learning rate at step {manifest.step + 1}: {rate:.4f} of the full rate in {config.name}")

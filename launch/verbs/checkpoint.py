@@ -24,7 +24,7 @@ class List:
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
-        folder, _ = process.opened(self.run, self.runs)
+        folder = process.run_folder(self.run, self.runs)
         records = [_facts(path) for path in reversed(manifests.generations(folder / "checkpoints"))]
         if self.json:
             print(json_format.dumps(records))
@@ -53,7 +53,7 @@ class Verify:
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
-        folder, _ = process.opened(self.run, self.runs)
+        folder = process.run_folder(self.run, self.runs)
         paths = list(reversed(manifests.generations(folder / "checkpoints")))
         if not paths:
             raise RunError(f"run {self.run} has no checkpoint", where=str(folder), mend=f"orthogon resume {self.run}")
@@ -85,7 +85,7 @@ class Export:
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
-        folder, _ = process.opened(self.run, self.runs)
+        folder = process.run_folder(self.run, self.runs)
         options = [*weights(folder, self.step, None), *_target(self.to)]
         return process.task("export", str(folder), *options)
 
@@ -110,7 +110,7 @@ class Average:
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
-        folder, _ = process.opened(self.run, self.runs)
+        folder = process.run_folder(self.run, self.runs)
         if self.decay is not None and self.rule != "ema":
             raise RunError("--decay belongs to --rule ema", where="command line", mend="add --rule ema")
         decay = 0.5 if self.decay is None else self.decay

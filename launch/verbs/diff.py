@@ -14,7 +14,6 @@ from tyro.conf import Positional, arg
 
 from launch import process
 from launch.verbs.options import Json, Runs
-from trainer import config as configuration
 from trainer import runfolder
 from trainer.metrics import history
 
@@ -35,7 +34,7 @@ class Diff:
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
-        folders = [process.opened(name, self.runs)[0] for name in (self.first, self.second)]
+        folders = [process.run_folder(name, self.runs) for name in (self.first, self.second)]
         found = compare(*folders)
         if self.json:
             print(json_format.dumps(found))
@@ -46,6 +45,8 @@ class Diff:
 
 def compare(first: Path, second: Path) -> dict[str, Any]:
     """All differences of two runs, as JSON values; pairs are (first, second)."""
+    from trainer import config as configuration
+
     a, b = (configuration.resolved(runfolder.open_run(folder)) for folder in (first, second))
     config = {key: list(pair) for key, pair in configuration.changes(a, b).items() if key not in NAMES}
     facts = [environment(folder) for folder in (first, second)]

@@ -79,11 +79,14 @@ def show(found: dict[str, Any]) -> None:
     )
     if "tasks" in found:
         width = max([4, *map(len, found["tasks"])])
-        print(f"\n{'task':{width}}  questions  accuracy (raw)   accuracy (per byte)  chance")
+        print(f"\n{'task':{width}}  questions  accuracy (raw)   accuracy (per byte)  chance  gold bits/byte")
         for name, task in found["tasks"].items():
             raw = f"{task['accuracy']:.4f} ± {task['accuracy_error']:.4f}"
             per_byte = f"{task['accuracy_per_byte']:.4f} ± {task['accuracy_per_byte_error']:.4f}"
-            print(f"{name:{width}}  {task['questions']:>9,}  {raw:15}  {per_byte:19}  {task['chance']:.4f}")
+            print(
+                f"{name:{width}}  {task['questions']:>9,}  {raw:15}  {per_byte:19}  {task['chance']:.4f}  "
+                f"{task['gold_bits_per_byte']:>14.4f}"
+            )
         for name, task in found["tasks"].items():
             if task["rows_cut"]:
                 print(f"{name}: {task['rows_cut']} rows were too long for the model and lost their beginning")

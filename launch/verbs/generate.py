@@ -45,7 +45,7 @@ class Generate:
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
-        folder, _ = process.opened(self.run, self.runs)
+        folder = process.run_folder(self.run, self.runs)
         if not self.prompt and self.prompts is None:
             raise RunError("there is no prompt", where="command line", mend='give --prompt "Once upon a time"')
         for name, good, must in (

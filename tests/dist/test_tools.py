@@ -101,6 +101,7 @@ def test_choices_are_scored_as_a_float64_model_scores_them_one_by_one(tiny, task
     checkpoint, manifest = manifests.pick(tiny.folder)
     model, tokenizer = restored_model(tiny.folder, checkpoint, manifest).double(), load_tokenizer(tiny.folder)
     raw = per_byte = cut = 0
+    cost = []
     questions = read_questions(task)
     for question in questions:
         scores = []
@@ -115,10 +116,12 @@ def test_choices_are_scored_as_a_float64_model_scores_them_one_by_one(tiny, task
                 score += float(log[token])
             scores.append(score)
         densities = [s / len(c) for s, c in zip(scores, question.choices, strict=True)]
+        cost.append(-densities[question.gold] / math.log(2))
         raw += scores.index(max(scores)) == question.gold
         per_byte += densities.index(max(densities)) == question.gold
     found = evaluated["tasks"]["words"]
     assert (found["accuracy"], found["accuracy_per_byte"]) == (raw / len(questions), per_byte / len(questions))
+    assert found["gold_bits_per_byte"] == pytest.approx(sum(cost) / len(cost), rel=1e-5)
     assert found["rows_cut"] == cut == 2
     share = raw / len(questions)
     assert found["accuracy_error"] == pytest.approx(math.sqrt(share * (1 - share) / len(questions)))

@@ -6,7 +6,8 @@ the choice. Other keys are left alone. A query may hold worked examples: few-sho
 
 Two scores (as in the evaluation of GPT-3, arXiv 2005.14165, section 2.4): the sum of the log-probabilities of the choice's tokens
 ("raw"), and that sum per UTF-8 byte of the choice ("per byte"), which does not favour short choices and does not depend
-on the tokenizer. Equal scores go to the choice that stands first.
+on the tokenizer. Equal scores go to the choice that stands first. Beside the accuracies stands what the right choices cost in
+bits per byte: it moves smoothly where an accuracy is still chance.
 """
 
 from __future__ import annotations
@@ -150,13 +151,14 @@ def score(
     """Accuracy of the choices that the model finds likeliest, raw and per byte, with standard errors."""
     rows = [row(tokenizer, one.query, choice, length, one.where) for one in questions for choice in one.choices]
     found = log_likelihoods(model, rows, batch, context, device)
-    raw = per_byte = 0
-    place = 0
+    raw = per_byte = place = 0
+    cost = []
     for question in questions:
         likelihoods = found[place : place + len(question.choices)]
         place += len(question.choices)
         densities = [value / len(c.encode()) for value, c in zip(likelihoods, question.choices, strict=True)]
         raw += likelihoods.index(max(likelihoods)) == question.gold
+        cost.append(-densities[question.gold] / math.log(2))
         per_byte += densities.index(max(densities)) == question.gold
     count = len(questions)
     return {
@@ -165,6 +167,7 @@ def score(
         "accuracy_error": _standard_error(raw, count),
         "accuracy_per_byte": per_byte / count,
         "accuracy_per_byte_error": _standard_error(per_byte, count),
+        "gold_bits_per_byte": math.fsum(cost) / count,
         "chance": sum(1 / len(question.choices) for question in questions) / count,
         "rows_cut": sum(one.cut > 0 for one in rows),
     }
