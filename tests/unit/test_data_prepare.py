@@ -212,7 +212,9 @@ def test_restart_keeps_finished_parts_and_ends_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_make_part", real)
     encode = module.encode
     monkeypatch.setattr(module, "encode", lambda tokenizer, texts: calls.append(texts) or encode(tokenizer, texts))
-    monkeypatch.setattr(import_module("trainer.data.prepare"), "train_bpe", lambda *_: pytest.fail("the tokenizer was trained again"))
+    monkeypatch.setattr(
+        import_module("trainer.data.prepare"), "train_bpe", lambda *_: pytest.fail("the tokenizer was trained again")
+    )
     again = prepare(config(tmp_path), quiet)
     a, b = (json.loads((f / "table.json").read_text()) for f in (whole, again))
     assert a == b
