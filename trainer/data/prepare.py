@@ -133,11 +133,11 @@ def _train_tokenizer(config: DataConfig, folder: Path, say: Callable[[str], None
     fixed = [_pinned(source, _folder(name, source, config)) for name, source in with_text.items()]
     texts = (document.text for source in fixed for split, document in divided(source) if split == "train")
     train_bpe(texts, config.tokenizer.vocab_size, partial)
-    say(f"trained a byte-level BPE of {len(load_tokenizer(partial)):,} tokens")
     for file in partial.iterdir():
         fsync_file(file)
     os.rename(partial, folder)
     fsync_folder(folder.parent)
+    say(f"trained a byte-level BPE of {len(load_tokenizer(folder)):,} tokens")
 
 
 @contextmanager
