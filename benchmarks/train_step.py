@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--micro-steps", type=int, default=1)
     parser.add_argument("--keep-gathered", action="store_true", help="reshard_after_forward: false on both sides")
-    parser.add_argument("--ours", action="append", default=[], help="an override of our configuration, SECTION.KEY=VALUE")
+    parser.add_argument(
+        "--ours", action="append", default=[], help="an override of our configuration, SECTION.KEY=VALUE"
+    )
     parser.add_argument("--profile", type=Path, default=None, help="write a table of our operators here, and stop")
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -218,7 +220,9 @@ def measure(arguments: argparse.Namespace) -> None:
     distributed.stop()
 
 
-def report(arguments: argparse.Namespace, seconds: dict[str, list[float]], losses: dict[str, float], count: int) -> None:
+def report(
+    arguments: argparse.Namespace, seconds: dict[str, list[float]], losses: dict[str, float], count: int
+) -> None:
     """The table."""
     tokens = arguments.steps * SEQUENCES * LENGTH
     print(

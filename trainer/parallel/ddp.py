@@ -46,7 +46,9 @@ class Strategy(single.Strategy):
             return
         ids = [self.device.index] if self.device.type == "cuda" else None
         known = inspect.signature(parallel.DistributedDataParallel).parameters
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+        buffers = (
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        )  # before torch 2.13
         wrapped = parallel.DistributedDataParallel(
             model, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False}
         )

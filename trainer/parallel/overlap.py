@@ -9,6 +9,7 @@ gradients and losses are the same to the bit on two ranks, and to rounding on mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,6 +71,6 @@ def install(wrapped: list[Any], chain: list[Any]) -> ReduceScatter:
     for module in wrapped:
         module.set_custom_all_gather(gather)
         module.set_custom_reduce_scatter(reduce)
-    for module, following in zip(chain, chain[1:], strict=False):
+    for module, following in pairwise(chain):
         module.set_modules_to_forward_prefetch([following])
     return reduce

@@ -160,4 +160,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def partitions(engine: Any, stage: int) -> Iterator[Tensor]:
     """This rank's fp32 partitions."""
-    yield from engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else engine.optimizer.single_partition_of_fp32_groups
+    yield from (
+        engine.optimizer.fp32_partitioned_groups_flat
+        if stage == 3
+        else engine.optimizer.single_partition_of_fp32_groups
+    )
