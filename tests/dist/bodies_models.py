@@ -14,7 +14,7 @@ from tests.dist import bodies_run
 from tests.dist.bodies import fingerprint, whole
 from tests.models import ARCHITECTURES
 from trainer import config as configuration
-from trainer import runfolder, setup
+from trainer import assembly, runfolder, setup
 from trainer.guard.signals import Flag
 from trainer.outcome import RunError
 
@@ -47,7 +47,8 @@ def groups_of(path: str, name: str) -> dict[str, list[str]]:
     from trainer.optim import build_optimizer
 
     shape = architecture(config.model, vocab_size=301, bos=0, eos=1, max_length=16)
-    made = setup.make(config, shape, torch.device("cpu"), dist.get_world_size())
+    strategy = assembly.open_strategy(config, torch.device("cpu"), dist.get_world_size())
+    made = assembly.make(config, shape, strategy)
     optimizer = build_optimizer(made.model, config.optim)
     names = {parameter: key for key, parameter in made.model.named_parameters()}
     found: dict[str, list[str]] = {}

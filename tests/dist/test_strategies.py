@@ -8,9 +8,7 @@ from tests.dist import bodies, bodies_strategies, bodies_run
 from tests.dist.test_run import place, resumed  # noqa: F401  (place is a fixture)
 from trainer.parallel import ddp, fsdp2
 
-HSDP = ("--parallel.name=fsdp2", "--parallel.replicate=2")
-DDP = ("--parallel={name: ddp}",)
-SINGLE = ("--parallel={name: single}",)
+SINGLE, DDP, HSDP = ((TORCH[name][1],) for name in ("single", "ddp", "fsdp2, replicate: 2"))
 SHORT = ("--train.length=9 steps", "--checkpoint.every=100 steps")
 
 
@@ -42,11 +40,24 @@ def test_gradients_are_sums_over_all_micro_steps_and_ranks(group, world, options
                 assert (gradients[name] - gradient).abs().max() <= 1e-12 * gradient.abs().max().clamp_min(1e-3), name
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(
+    ("world", "options"),
+    [
+        (2, fsdp2.Options()),
+        (2, fsdp2.Options(sync_every_micro_step=False, reshard_after_forward=False)),
+        (4, fsdp2.Options(replicate=2)),
+    ],
+)
+def test_overlapping_on_a_cpu_changes_no_bit(group, world, options, accumulation) -> None:
+    assert all(group(world, bodies_strategies.overlap_changes_nothing, options, accumulation))
+
+
 def test_one_run_moves_through_all_strategies(group, place, calm) -> None:  # noqa: F811
     """Every attempt starts from exactly the tensors that the one before it saved, state of the matrix rule included."""
     last, losses = None, None
-    for world, stop, strategy in ((1, 2, SINGLE), (2, 4, DDP), (4, 6, HSDP), (3, 7, DDP), (2, None, ("--parallel={name: fsdp2}",))):
-        attempt = resumed(group, place, "moves", [(world, stop)], *SHORT, *strategy)[0]
+    for world, stop, name in strategies.CHAIN:
+        attempt = resumed(group, place, "moves", [(world, stop)], *SHORT, TORCH[name][1])[0]
         assert "error" not in attempt
         if last is not None:
             assert attempt["loaded"] == last["tensors"]
@@ -56,11 +67,12 @@ def test_one_run_moves_through_all_strategies(group, place, calm) -> None:  # no
     assert losses == pytest.approx(calm["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("world", "strategy"), [(2, DDP), (4, HSDP)])
-def test_resume_is_bit_equal(group, place, world, strategy) -> None:  # noqa: F811
-    name = f"bits{world}"
-    whole = resumed(group, place, name, [(world, None)], *SHORT, *strategy)[0]
-    parts = resumed(group, place, f"{name}-stopped", [(world, 5), (world, None)], *SHORT, *strategy)
+@pytest.mark.parametrize("strategy", [name for name in strategies.RESUMED if name in TORCH])
+def test_resume_is_bit_equal(group, place, strategy) -> None:  # noqa: F811
+    world, override = TORCH[strategy]
+    name = f"bits-{strategies.file_name(strategy)}"
+    whole = resumed(group, place, name, [(world, None)], *SHORT, override)[0]
+    parts = resumed(group, place, f"{name}-stopped", [(world, 5), (world, None)], *SHORT, override)
     assert (parts[0]["step"], parts[1]["started"]) == (5, 5)
     assert parts[1]["tensors"] == whole["tensors"]
     assert parts[1]["history"] == whole["history"]
@@ -79,12 +91,6 @@ def test_each_replica_orthogonalizes_its_share(group) -> None:
     assert sum(group(3, bodies_strategies.own_matrices, ddp.Options())) == 14
     assert sum(group(4, bodies_strategies.own_matrices, fsdp2.Options(replicate=2))) == 28
     assert sum(group(4, bodies_strategies.own_matrices, fsdp2.Options(replicate=2, spread_replicas=True))) == 14
-
-
-def test_bf16_under_ddp(group, place, calm) -> None:  # noqa: F811
-    losses = resumed(group, place, "half", [(2, None)], *SHORT, *DDP, "--train.precision=bf16")[0]["loss"]
-    assert losses != calm["loss"]
-    assert losses[-1] == pytest.approx(calm["loss"][-1], abs=0.1)
 
 
 def test_a_nan_on_one_rank_of_replicas_is_applied_by_none(group, place) -> None:  # noqa: F811

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.export import refuse_existing, unfilled_model, write
 from trainer.checkpoint.manifest import Manifest
-from trainer.outcome import RunError
 from trainer.model.build import model_tensors
+from trainer.outcome import RunError
 
 
 def weights_of(count: int, decay: float | None) -> list[float]:
