@@ -24,7 +24,7 @@ from trainer.config import RunConfig
 from trainer.files import digest, read_json
 from trainer.outcome import RunError
 
-PATIENCE = 20.0
+PATIENCE = 10.0
 """Seconds that the end of a run waits for its sinks, all together."""
 
 
@@ -163,15 +163,16 @@ class Follower:
             )
 
     def _send(self, sink: Any, records: list[dict[str, Any]]) -> None:
-        for record in records:
-            step = record["step"]
-            self._at, self._seen = (step, self._seen + 1) if step == self._at else (step, 1)
-            if (self._at, self._seen) <= (self.state.step, self.state.records):
-                continue
-            sink.write(step, numbers(record))
-            self.state.step, self.state.records = self._at, self._seen
-        sink.flush()
-        self.state.write()
+        try:
+            for record in records:
+                step = record["step"]
+                self._at, self._seen = (step, self._seen + 1) if step == self._at else (step, 1)
+                if (self._at, self._seen) > (self.state.step, self.state.records):
+                    sink.write(step, numbers(record))
+                    self.state.step, self.state.records = self._at, self._seen
+        finally:  # what was taken before a failure counts
+            sink.flush()
+            self.state.write()
 
 
 def numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
