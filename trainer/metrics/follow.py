@@ -24,8 +24,10 @@ from trainer.config import RunConfig
 from trainer.files import digest, read_json
 from trainer.outcome import RunError
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds that the end of a run waits for its sinks, all together."""
+HURRY = 10.0
+"""The same where the machine is about to be taken away, and where an upload to a server is all that is left."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Target:
     """The id that the sink gave the run in an earlier attempt."""
     rewind: int | None
     """First step whose records earlier attempts sent and this one sends anew; only for sinks that can take back."""
-    patience: float = PATIENCE
+    patience: float = HURRY
+    """Seconds that closing the sink may take to upload."""
 
 
 def check(config: RunConfig) -> None:
