@@ -92,7 +92,7 @@ def _train(folder: Path, attempt: int, flag: Flag) -> tuple[Outcome, str, dict[s
         outcome, message = loop.train(run)
     finally:
         run.trace.close()
-    run.history.close()
+    run.history.close(hurry=outcome is Outcome.PREEMPTED)
     distributed.stop()
     return outcome, message, {"step": run.step, "position": run.position}
 

@@ -18,14 +18,16 @@ def measured(layout: str, clip: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """(figures of one step over the ranks, the same by hand in float64 from whole tensors). The last weight of the first
     group has no gradient."""
     weights = [torch.nn.Parameter(place(tensor(i, shape), layout)) for i, shape in enumerate(SHAPES)]
-    vectors = [torch.nn.Parameter(place(tensor(100 + i, (size,)), layout)) for i, size in enumerate((5, 16, 2))]
+    flat = layout.replace("shard1", "shard0")
+    vectors = [torch.nn.Parameter(place(tensor(100 + i, (size,)), flat)) for i, size in enumerate((5, 16, 2))]
     optimizer = ShardedOptimizer([
         {"rule": "muon", "label": "matrices", "params": weights[:6], "lr": 0.02, "weight_decay": 0.1},
         {"rule": "muon", "label": "matrices", "params": weights[6:], "lr": 0.01},
         {"rule": "adamw", "label": "vectors", "params": vectors, "lr": 0.003},
     ])  # fmt: skip
     for i, parameter in enumerate(weights + vectors):
-        parameter.grad = None if i == 5 else place(tensor(1000 + i, tuple(parameter.shape)), layout)
+        where = layout if parameter.ndim > 1 else flat
+        parameter.grad = None if i == 5 else place(tensor(1000 + i, tuple(parameter.shape)), where)
     groups = [weights[:6], weights[6:], vectors]
     gradients = [[whole(p.grad).double() for p in group if p.grad is not None] for group in groups]
     before = [[whole(p).double() for p in group] for group in groups]

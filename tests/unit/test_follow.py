@@ -73,7 +73,7 @@ def test_a_sink_that_cannot_open_says_why_without_its_secrets(folder, monkeypatc
 
 def test_a_sink_that_hangs_holds_up_neither_the_run_nor_its_end(folder, monkeypatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr("trainer.metrics.history.PATIENCE", 0.2)
+    monkeypatch.setattr("trainer.metrics.history.PATIENCE", 0.2)  # a minute, otherwise
     monkeypatch.setattr(tensorboard.Sink, "write", lambda *_: release.wait(60))
     began = time.monotonic()
     (told,) = attempt(folder, ONE, 0, 6, 0.0)

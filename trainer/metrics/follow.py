@@ -24,8 +24,10 @@ from trainer.config import RunConfig
 from trainer.files import digest, read_json
 from trainer.outcome import RunError
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds that the end of a run waits for its sinks, all together."""
+HURRY = 10.0
+"""The same where the machine is about to be taken away, and where an upload to a server is all that is left."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Target:
     """The id that the sink gave the run in an earlier attempt."""
     rewind: int | None
     """First step whose records earlier attempts sent and this one sends anew; only for sinks that can take back."""
-    patience: float = PATIENCE
+    patience: float = HURRY
+    """Seconds that closing the sink may take to upload."""
 
 
 def check(config: RunConfig) -> None:
@@ -163,15 +166,16 @@ class Follower:
             )
 
     def _send(self, sink: Any, records: list[dict[str, Any]]) -> None:
-        for record in records:
-            step = record["step"]
-            self._at, self._seen = (step, self._seen + 1) if step == self._at else (step, 1)
-            if (self._at, self._seen) <= (self.state.step, self.state.records):
-                continue
-            sink.write(step, numbers(record))
-            self.state.step, self.state.records = self._at, self._seen
-        sink.flush()
-        self.state.write()
+        try:
+            for record in records:
+                step = record["step"]
+                self._at, self._seen = (step, self._seen + 1) if step == self._at else (step, 1)
+                if (self._at, self._seen) > (self.state.step, self.state.records):
+                    sink.write(step, numbers(record))
+                    self.state.step, self.state.records = self._at, self._seen
+        finally:  # what was taken before a failure counts
+            sink.flush()
+            self.state.write()
 
 
 def numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.files import write_text
-from trainer.metrics.follow import PATIENCE, Follower
+from trainer.metrics.follow import HURRY, PATIENCE, Follower
 
 # How the names of what depends on the clock end; all else of a record repeats bit for bit.
 TIMINGS = ("seconds", "per_second", "mfu")
@@ -29,11 +29,11 @@ class History:
             for follower in self.followers:
                 follower.put(record)
 
-    def close(self) -> None:
-        """Close the file, and give the followers some time to send the rest."""
+    def close(self, *, hurry: bool = False) -> None:
+        """Close the file, and give the followers some time to send the rest, less in a hurry."""
         if self._file:
             self._file.close()
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + (HURRY if hurry else PATIENCE)
             for follower in self.followers:
                 follower.close(deadline)
 

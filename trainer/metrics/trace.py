@@ -63,7 +63,7 @@ class Trace:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.tell(f"traced {what}: {stop()}")
-        except OSError as error:  # a trace is not worth a run
+        except (OSError, RuntimeError) as error:  # a trace is not worth a run
             self.tell(f"the trace of {what} cannot be written: {error}")
 
     def _start_profiler(self) -> None:
