@@ -1,4 +1,4 @@
-"""Tables (Parquet, Arrow) and datasets of the hub, read through `datasets` in batches: nothing is copied to a cache."""
+"""Tables (Parquet, Arrow) and datasets of the hub, read in batches, mostly through `datasets`; no cache copies them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,24 @@ PATIENCE = 10.0  # seconds that the hub has to say what a name means
 
 def read_table(source: SourceConfig, file: Path, form: str, name: str) -> Iterator[Document]:
     """The documents of a Parquet or Arrow file: its rows, the text in the column `source.text_key`."""
-    import datasets
+    if form == "parquet":
+        batches = _parquet(file, source.text_key)
+    else:
+        import datasets
 
-    with _sentences(str(file), "check the file, or make it again"):
-        given: dict[str, Any] = {"data_files": [str(file)], "split": "train", "streaming": True}
-        stream = datasets.load_dataset(form, **given)
-        if source.text_key not in (stream.features or ()):
-            raise no_text(source.text_key, str(file), f"columns here: {', '.join(stream.features or ()) or 'none'}")
-        if form == "parquet":  # read no other column
-            stream = datasets.load_dataset(form, columns=[source.text_key], **given)
-    yield from _rows(stream, source.text_key, str(file), name)
+        with _sentences(str(file), "check the file, or make it again"):
+            stream = datasets.load_dataset(form, data_files=[str(file)], split="train", streaming=True)
+            batches = stream.with_format("arrow").iter(batch_size=BATCH)
+    yield from _rows(batches, source.text_key, str(file), name)
+
+
+def _parquet(file: Path, key: str) -> Iterator[Any]:
+    """Batches of the column `key`. `datasets` would hold a whole row group, which may be the whole file."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
+        columns = table.schema_arrow.names
+        yield from table.iter_batches(BATCH, columns=[key] if key in columns else columns)
 
 
 def read_hub(source: SourceConfig, hub: HubName) -> Iterator[Document]:
@@ -34,7 +42,8 @@ def read_hub(source: SourceConfig, hub: HubName) -> Iterator[Document]:
     where = str(hub)
     with _sentences(where, "check the name, its config and its split"):
         stream = _local(hub) if hub.local else _remote(hub)
-    yield from _rows(stream, source.text_key, where, where)
+        batches = stream.with_format("arrow").iter(batch_size=BATCH)
+    yield from _rows(batches, source.text_key, where, where)
 
 
 def pin(hub: HubName) -> HubName:
@@ -74,15 +83,15 @@ def _local(hub: HubName) -> Any:
     return datasets.load_dataset(str(folder.resolve()), hub.config, split=hub.split, streaming=True)
 
 
-def _rows(stream: Any, key: str, where: str, name: str) -> Iterator[Document]:
-    """The texts of a stream of rows; null is no text."""
+def _rows(batches: Iterator[Any], key: str, where: str, name: str) -> Iterator[Document]:
+    """The texts of batches of rows; null is no text."""
     import pyarrow
 
     number = 0
     with _sentences(where, "check the file, or get it again"):
-        for batch in stream.with_format("arrow").iter(batch_size=BATCH):
-            if key not in batch.column_names:
-                raise no_text(key, where, f"columns here: {', '.join(batch.column_names)}")
+        for batch in batches:
+            if key not in batch.schema.names:
+                raise no_text(key, where, f"columns here: {', '.join(batch.schema.names)}")
             column = batch.column(key)
             texts = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_null)
             if not any(is_text(column.type) for is_text in texts):
