@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.dist import bodies, bodies_strategies, bodies_run
+from tests.dist import bodies, bodies_run, bodies_strategies, strategies
+from tests.dist.strategies import TORCH
 from tests.dist.test_run import place, resumed  # noqa: F401  (place is a fixture)
 from trainer.parallel import ddp, fsdp2
 
