@@ -45,14 +45,12 @@ class Strategy(single.Strategy):
             self.forward = model
             return
         ids = [self.device.index] if self.device.type == "cuda" else None
+        # Buffers are the same on all ranks. Before torch 2.13 the key has another name.
         known = inspect.signature(parallel.DistributedDataParallel).parameters
-        buffers = (
-            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        )  # before torch 2.13
-        wrapped = parallel.DistributedDataParallel(
-            model, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False}
+        key = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        self.forward = parallel.DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True, **{key: False}
         )
-        self.forward = wrapped
 
     def synchronize(self, *, last: bool) -> None:
         """Gradients are exchanged in the last micro-step only; to do it in each would save no memory."""
