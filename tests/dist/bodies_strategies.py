@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.dist import bodies
 from trainer import config as configuration
 from trainer.model.loss import summed_loss
-from trainer.parallel import overlap
+from trainer.parallel import fsdp2
 
 
 def own_matrices(options: Any) -> int:
@@ -29,8 +29,8 @@ def own_matrices(options: Any) -> int:
 def overlap_changes_nothing(options: Any, accumulation: int) -> bool:
     """Whether gradients under our collectives for CPUs equal those under torch's to the bit, and were not torch's."""
     found, ours = [], []
-    for install in (overlap.install, lambda wrapped, chain: None):
-        with mock.patch.object(overlap, "install", install):
+    for install in (fsdp2.overlap.install, lambda wrapped, chain: None):
+        with mock.patch.object(fsdp2.overlap, "install", install):
             model, strategy = bodies.spread_model_of(options)
         generator = torch.Generator().manual_seed(dist.get_rank())
         for micro in range(accumulation):

@@ -10,7 +10,11 @@ from tests.dist.test_run import place, resumed  # noqa: F401  (place is a fixtur
 
 pytestmark = pytest.mark.skipif(strategies.ABSENT, reason=strategies.REASON)
 
-ADAMW = ("--optim={name: adamw, lr: 0.01, weight_decay: 0.1}", "--checkpoint.every=100 steps", "--schedule.name=constant")
+ADAMW = (
+    "--optim={name: adamw, lr: 0.01, weight_decay: 0.1}",
+    "--checkpoint.every=100 steps",
+    "--schedule.name=constant",
+)
 SHORT = (*ADAMW, "--train.length=12 steps")
 
 
@@ -61,6 +65,13 @@ def test_a_run_moves_to_zero_and_back(group, place, fsdp2) -> None:  # noqa: F81
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_nan_on_one_rank_is_applied_by_none(group, place, stage) -> None:  # noqa: F811
     name = f"nan{stage}"
-    results = group(2, bodies_run.train, str(place / "run.yaml"), [f"--name={name}", *SHORT, ZERO[f"deepspeed, stage: {stage}"][1]], 6, 4)
+    results = group(
+        2,
+        bodies_run.train,
+        str(place / "run.yaml"),
+        [f"--name={name}", *SHORT, ZERO[f"deepspeed, stage: {stage}"][1]],
+        6,
+        4,
+    )
     assert [r["skipped"] for r in results] == [[[24, 8]]] * 2
     assert results[0]["history"][4]["loss"] is not None  # and the step after it is sound
