@@ -74,6 +74,11 @@ def test_positions_and_vocabularies_that_are_too_few_are_refused() -> None:
     from trainer.config import ModelConfig
     from trainer.model.build import architecture
 
-    for config, words in (({"n_positions": 8}, "room for 8 positions"), ({"vocab_size": 60}, "smaller than the tokenizer's 64")):
+    for config, words in (
+        ({"n_positions": 8}, "room for 8 positions"),
+        ({"vocab_size": 60}, "smaller than the tokenizer's 64"),
+    ):
         with pytest.raises(RunError, match=words):
-            architecture(ModelConfig(config={"model_type": "gpt2"} | config), vocab_size=64, bos=0, eos=1, max_length=16)
+            architecture(
+                ModelConfig(config={"model_type": "gpt2"} | config), vocab_size=64, bos=0, eos=1, max_length=16
+            )
