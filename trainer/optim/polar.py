@@ -129,7 +129,7 @@ def polar(
     gram = x @ x.mT  # (N, s, s)
     if prescale == "schatten":
         root = (safety * squares(gram, -1).sum(dim=-2, keepdim=True).pow(0.25)).clamp_min(1e-12)  # (N, 1, 1)
-        x, gram = scaled(x, 1 / root, work), scaled(gram, 1 / root.square(), work)
+        x, gram = scaled(x, 1 / root), scaled(gram, 1 / root.square())
     if form == "gram":
         x = _gram_factor(gram, steps[:2]) @ x
         for start in range(2, len(steps), 3):  # restarts: rounding in a Gram matrix grows with every step on it
@@ -165,22 +165,28 @@ def normalize(x: Any, safety: float, dtype: Any) -> Any:
     First divided by the power of two below its largest entry, so that no square leaves the range of fp32: 1e-30 and
     1e30 are as good as 1.
     """
-    y = x.to(wide(x))
+    y = x.to(wide(x), copy=True)
     _, exponent = torch.frexp(y.abs().amax(dim=(-2, -1), keepdim=True))
-    y = y * torch.exp2(-exponent.to(y.dtype))
-    norm = y.square().sum(dim=(-2, -1), keepdim=True).sqrt()
+    y.mul_(torch.exp2(-exponent.to(y.dtype)))
+    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
     return y.mul_(torch.where(norm > 0, 1 / (safety * norm), norm)).to(dtype)
 
 
 def squares(o: Any, dim: int) -> Any:
     """Sums of squares along one dimension, kept with size 1; at least fp32."""
-    return o.to(wide(o)).square().sum(dim, keepdim=True)
+    return o.to(wide(o), copy=True).square_().sum(dim, keepdim=True)
 
 
-def scaled(x: Any, factor: Any, dtype: Any) -> Any:
-    """`x` times a factor that broadcasts per matrix, row or column (N, ., .): in the factor's precision, rounded once to
-    `dtype`."""
-    return x.to(factor.dtype).mul(factor).to(dtype)
+def scaled(x: Any, factor: Any) -> Any:
+    """`x` times a factor that broadcasts per matrix, row or column (N, ., .): in the factor's precision, then rounded to
+    that of `x`."""
+    return x.to(factor.dtype, copy=True).mul_(factor).to(x.dtype)
+
+
+def scaled_or_zero(o: Any, factor: Any, bad: Any) -> Any:
+    """`scaled`, with zeros for the matrices where `bad` (N, 1, 1); works on `o` in place."""
+    finite = o.nan_to_num_(0.0, 0.0, 0.0)  # 0 x NaN is NaN; a fill by mask is three times slower on a CPU
+    return scaled(finite, factor.masked_fill(bad, 0.0))
 
 
 def flipped(x: Any) -> Any:
