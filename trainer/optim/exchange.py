@@ -14,6 +14,7 @@ from trainer.optim.plan import Box, Matrix, Stored, held, holder_of, is_replicat
 from trainer.optim.requests import Whole
 
 ALIGNMENT = 16  # bytes: every piece of a buffer can be seen as any dtype
+CACHE = 2**20  # bytes of matrices that a CPU works on at a time
 
 
 @dataclass(frozen=True)
@@ -50,25 +51,28 @@ class Leg:
 
     input: int
     matrix: int
+    parameter: int
     local: tuple[slice, ...]
     whole: tuple[slice, ...]
-    shape: tuple[int, int, int]
-    alone: bool  # the piece is all of that shard
+    shape: tuple[int, ...]
+    alone: bool  # it is all of that shard
+    known: bool  # the owner has it too: only the result travels
+
+
+Legs = list[list[Leg]]  # by peer
 
 
 @dataclass(frozen=True)
 class Route:
-    """What this rank sends to and takes from each peer: to the owners, back to the shards, and on to the replicas."""
+    """What this rank has to do with the matrices of a bucket."""
 
-    mine: list[int]
-    own: list[Leg]  # pieces that need not travel
-    there_out: list[list[Leg]]
-    there_in: list[list[Leg]]
-    back_out: list[list[Leg]]
-    back_in: list[list[Leg]]
-    copies_out: list[list[Leg]]
-    copies_in: list[list[Leg]]
-    travels: bool  # the same on all ranks
+    mine: list[int]  # it owns these
+    here: list[Leg]  # their pieces on this rank
+    owned: Legs  # their pieces on each peer
+    held: Legs  # its pieces of each peer's matrices
+    copies: Legs  # results that this replica passes on to each other one
+    others: Legs  # and takes from each
+    travels: bool  # whether the shard group exchanges anything; the same on all ranks
 
 
 @dataclass(frozen=True)
@@ -87,54 +91,43 @@ class Bucket:
 
     def _route(self, kinds: tuple[str, ...]) -> Route:
         crew, parts, me = self.crew, self.crew.parts, self.crew.part
-        there_out, there_in, back_out, back_in = ([[] for _ in range(parts)] for _ in range(4))
-        copies_out, copies_in = ([[] for _ in range(crew.copies)] for _ in range(2))
-        own: list[Leg] = []
-        mine: list[int] = []
-        travels = False
+        owned, held_, copies, others = ([[] for _ in range(n)] for n in (parts, parts, crew.copies, crew.copies))
+        route = Route(
+            [], [], owned, held_, copies, others, any(self._travels(m, k) for m in self.matrices for k in kinds)
+        )
         for index, matrix in enumerate(self.matrices):
-            stored = self.stored[matrix.parameter]
             team, owner = divmod(matrix.owner, parts)
-            if team == crew.copy and owner == me:
-                mine.append(index)
+            if (team, owner) == (crew.copy, me):
+                route.mine.append(index)
             for position, kind in enumerate(kinds):
-                replicated = is_replicated(stored, kind)
-                travels |= holder_of(matrix, stored, parts) is None or (parts > 1 and replicated)
-                at_me = self._leg(position, index, kind, me)
-                if at_me is not None and crew.copies > 1:
-                    for copy in range(crew.copies):
-                        if team == crew.copy != copy:
-                            copies_out[copy].append(at_me)
-                        elif team == copy != crew.copy:
-                            copies_in[copy].append(at_me)
-                if team != crew.copy:
-                    continue
-                if owner != me:
-                    if at_me is not None:
-                        back_in[owner].append(at_me)
-                        if not replicated:
-                            there_out[owner].append(at_me)
-                    continue
-                for rank in range(parts):
-                    leg = at_me if rank == me else self._leg(position, index, kind, rank)
-                    if leg is None:
+                if (team, owner) == (crew.copy, me):
+                    for rank, legs in enumerate(route.owned):
+                        legs.extend(self._legs(position, index, kind, rank) if rank != me else [])
+                for leg in self._legs(position, index, kind, me):
+                    if team != crew.copy:
+                        route.others[team].append(leg)
                         continue
-                    if rank == me:
-                        own.append(leg)
-                        continue
-                    back_out[rank].append(leg)
-                    if not replicated:
-                        there_in[rank].append(leg)
-        return Route(mine, own, there_out, there_in, back_out, back_in, copies_out, copies_in, travels)
+                    (route.here if owner == me else route.held[owner]).append(leg)
+                    for copy, legs in enumerate(route.copies):
+                        legs.extend([leg] if copy != team else [])
+        return route
 
-    def _leg(self, position: int, index: int, kind: str, rank: int) -> Leg | None:
+    def _travels(self, matrix: Matrix, kind: str) -> bool:
+        stored, parts = self.stored[matrix.parameter], self.crew.parts
+        return parts > 1 and (holder_of(matrix, stored, parts) is None or is_replicated(stored, kind))
+
+    def _legs(self, position: int, index: int, kind: str, rank: int) -> list[Leg]:
+        """The piece of an input that a rank holds, if it holds any."""
         matrix = self.matrices[index]
-        box, holding = matrix.box(kind), held(self.stored[matrix.parameter], kind, self.crew.parts, rank)
+        stored = self.stored[matrix.parameter]
+        box, holding = matrix.box(kind), held(stored, kind, self.crew.parts, rank)
         part = overlap(box, holding)
         if part is None:
-            return None
+            return []
         shape = tuple(stop - start for start, stop in part)
-        return Leg(position, index, _within(part, holding), _within(part, box)[1:], shape, part == holding)  # type: ignore[arg-type]
+        local, whole = _within(part, holding), _within(part, box)[1:]
+        known = is_replicated(stored, kind)
+        return [Leg(position, index, matrix.parameter, local, whole, shape, part == holding, known)]
 
 
 def _within(part: Box, outer: Box) -> tuple[slice, ...]:
@@ -147,70 +140,43 @@ def answer(request: Whole, bucket: Bucket, tally: Tensor) -> Generator[None, Non
     `tally` counts the matrices that the function rejected; the owner counts them, once.
     """
     crew, route, dtypes = bucket.crew, bucket.route(request.kinds), request.dtypes
-    local = [[t if t.ndim == 3 else t.unsqueeze(0) for t in tensors] for tensors in request.inputs]
-    results: list[list[Tensor | None]] = [[None] * len(bucket.stored) for _ in local]
-
-    def held_piece(leg: Leg) -> Tensor:
-        return local[leg.input][bucket.matrices[leg.matrix].parameter][leg.local]
+    shards = [[t if t.ndim == 3 else t.unsqueeze(0) for t in tensors] for tensors in request.inputs]
+    results: list[list[Tensor | None]] = [[None] * len(bucket.stored) for _ in shards]
+    device = shards[0][0].device
 
     def settle(leg: Leg, piece: Tensor) -> None:
         """Put a piece of a result where it belongs; a piece that is all of a shard becomes the result, uncopied."""
-        parameter = bucket.matrices[leg.matrix].parameter
+        row = results[leg.input]
         if leg.alone:
-            results[leg.input][parameter] = piece
+            row[leg.parameter] = piece
             return
-        if results[leg.input][parameter] is None:
-            shard = local[leg.input][parameter]
-            results[leg.input][parameter] = torch.empty(shard.shape, dtype=dtypes[leg.input], device=shard.device)
-        results[leg.input][parameter][leg.local].copy_(piece)  # type: ignore[index]
+        if row[leg.parameter] is None:
+            row[leg.parameter] = torch.empty_like(shards[leg.input][leg.parameter], dtype=dtypes[leg.input])
+        row[leg.parameter][leg.local].copy_(piece)  # type: ignore[index]
 
-    device = local[0][0].device
-    arrived: list[tuple[Leg, Tensor]] = []
+    arriving = [(leg, shards[leg.input][leg.parameter][leg.local]) for leg in route.here]
     if route.travels:
-        parcel = Parcel(route.there_out, dtypes, device)
+        parcel = Parcel([[leg for leg in legs if not leg.known] for legs in route.held], dtypes, device)
         for leg, view in parcel.pieces():
-            view.copy_(held_piece(leg))
-        arrived = yield from parcel.swap(route.there_in, crew.shards)
-    back = Parcel(route.back_out, dtypes, device)
-    returning: dict[int, list[tuple[Leg, Tensor | None]]] = {index: [] for index in route.mine}
-    for leg, view in back.pieces():
-        returning[leg.matrix].append((leg, view))
-    arriving: dict[int, list[tuple[Leg, Tensor]]] = {index: [] for index in route.mine}
-    for leg, piece in arrived:
-        arriving[leg.matrix].append((leg, piece))
-    for leg in route.own:
-        arriving[leg.matrix].append((leg, held_piece(leg)))
-        returning[leg.matrix].append((leg, None))  # stays here
-    by_shape: dict[tuple[int, int], list[int]] = {}
-    for index in route.mine:
-        by_shape.setdefault(bucket.matrices[index].shape, []).append(index)
-    for (rows, columns), indices in by_shape.items():
-        sizes = {"matrix": (rows, columns), "rows": (rows, 1), "columns": (1, columns)}
-        stacks = [
-            torch.empty((len(indices), *sizes[kind]), dtype=dtype, device=device)
-            for kind, dtype in zip(request.kinds, dtypes, strict=True)
-        ]
-        for row, index in enumerate(indices):
-            for leg, piece in arriving.pop(index):
-                stacks[leg.input][(row, *leg.whole)].copy_(piece[0])
-        outputs, rejected = request.function(*stacks)
-        tally += rejected.sum()
-        for row, index in enumerate(indices):
-            for leg, view in returning.pop(index):
-                piece = outputs[leg.input][(row, *leg.whole)].unsqueeze(0)
-                if view is None:
-                    settle(leg, piece.to(dtypes[leg.input]))
-                else:
-                    view.copy_(piece)
-    del arrived
+            view.copy_(shards[leg.input][leg.parameter][leg.local])
+        incoming = [[leg for leg in legs if not leg.known] for legs in route.owned]
+        arriving += yield from parcel.swap(incoming, crew.shards)
+    whole = compute(request, bucket, arriving, tally)
+    del arriving
+    for leg in route.here:
+        settle(leg, whole[leg.input, leg.matrix][leg.whole].unsqueeze(0))
     if route.travels:
-        for leg, piece in (yield from back.swap(route.back_in, crew.shards)):
+        parcel = Parcel(route.owned, dtypes, device)
+        for leg, view in parcel.pieces():
+            view.copy_(whole[leg.input, leg.matrix][leg.whole])
+        del whole  # what stays here is held by the results
+        for leg, piece in (yield from parcel.swap(route.held, crew.shards)):
             settle(leg, piece)
     if crew.copies > 1:
-        onward = Parcel(route.copies_out, dtypes, device)
-        for leg, view in onward.pieces():
-            view.copy_(results[leg.input][bucket.matrices[leg.matrix].parameter][leg.local])  # type: ignore[index]
-        for leg, piece in (yield from onward.swap(route.copies_in, crew.replicas)):
+        parcel = Parcel(route.copies, dtypes, device)
+        for leg, view in parcel.pieces():
+            view.copy_(results[leg.input][leg.parameter][leg.local])  # type: ignore[index]
+        for leg, piece in (yield from parcel.swap(route.others, crew.replicas)):
             settle(leg, piece)
     return [
         [
@@ -219,6 +185,36 @@ def answer(request: Whole, bucket: Bucket, tally: Tensor) -> Generator[None, Non
         ]
         for k, row in enumerate(results)
     ]
+
+
+def compute(
+    request: Whole, bucket: Bucket, arriving: list[tuple[Leg, Tensor]], tally: Tensor
+) -> dict[tuple[int, int], Tensor]:
+    """Put this rank's matrices together, those of one shape in one stack, and apply the function; by (input, matrix).
+
+    On a CPU a few matrices at a time, so that the passes over them stay in its cache; how many makes no difference.
+    """
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for index in bucket.route(request.kinds).mine:
+        by_shape.setdefault(bucket.matrices[index].shape, []).append(index)
+    whole: dict[tuple[int, int], Tensor] = {}
+    stacks: list[list[Tensor]] = []
+    for (rows, columns), indices in by_shape.items():
+        sizes = {"matrix": (rows, columns), "rows": (rows, 1), "columns": (1, columns)}
+        stacks.append([])
+        for position, (kind, dtype) in enumerate(zip(request.kinds, request.dtypes, strict=True)):
+            stacks[-1].append(torch.empty((len(indices), *sizes[kind]), dtype=dtype, device=tally.device))
+            whole |= {(position, index): stacks[-1][-1][n] for n, index in enumerate(indices)}
+    for leg, piece in arriving:
+        whole[leg.input, leg.matrix][leg.whole].copy_(piece[0])
+    for stack in stacks:
+        size = len(stack[0]) if tally.is_cuda else max(1, CACHE // stack[0][0].nbytes)
+        for chunk in zip(*(tensor.split(size) for tensor in stack), strict=True):
+            outputs, rejected = request.function(*chunk)
+            tally += rejected.sum()
+            for target, output in zip(chunk, outputs, strict=True):
+                target.copy_(output)
+    return whole
 
 
 class Parcel:

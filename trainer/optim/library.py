@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from trainer.optim.sharded import ShardedOptimizer
 
 
 def _groups(params: Iterable[Any], rule: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    if isinstance(params, Tensor):
+        raise TypeError("give the optimizer an iterable of tensors, not one tensor")
     entries = list(params)
     groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
     return [{"rule": rule, **options, **group} for group in groups]

@@ -49,15 +49,21 @@ def scale(family: str, rows: int, columns: int) -> float:
 
 
 def apply(weights: list[Any], steps: list[Any], group: dict[str, Any]) -> None:
-    """W <- W - lr wd W - lr S, in place; cautious: the decay only where S and W have one sign."""
+    """W <- W - lr wd W - lr S, in place; cautious: the decay only where S and W have one sign.
+
+    bf16 weights are rounded once: by itself a decay below 2^-9 would be rounded away.
+    """
     decay = group["lr"] * group["weight_decay"]
+    wide = [w.to(state_dtype(w)) for w in weights]
     if decay and group["cautious"]:
-        shrunk = [torch.where(w * s > 0, w, 0.0) for w, s in zip(weights, steps, strict=True)]
-        torch._foreach_add_(weights, shrunk, alpha=-decay)
+        shrunk = [torch.where(w * s > 0, w, 0.0) for w, s in zip(wide, steps, strict=True)]
+        torch._foreach_add_(wide, shrunk, alpha=-decay)
     elif decay:
-        torch._foreach_mul_(weights, 1 - decay)
-    for weight, step in zip(weights, steps, strict=True):  # a foreach of two dtypes does the same, more slowly
-        weight.add_(step, alpha=-group["lr"])
+        torch._foreach_mul_(wide, 1 - decay)
+    for weight, target, step in zip(weights, wide, steps, strict=True):
+        target.add_(step, alpha=-group["lr"])  # a foreach of two dtypes does the same, more slowly
+        if weight is not target:
+            weight.copy_(target)
 
 
 def reference_apply(w: Any, step: Any, group: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from trainer.optim import matrix
 from trainer.optim.options import MatrixOptions
-from trainer.optim.polar import polar, precision, scaled, squares, transport, unsound, wide
+from trainer.optim.polar import polar, precision, scaled_or_zero, squares, transport, unsound, wide
 from trainer.optim.polar import reference as reference_polar
 from trainer.optim.requests import Whole
 from trainer.registry import lazy
@@ -42,7 +42,7 @@ def update(
         o = polar(u, group["polar"], dtype, group["polar_form"], group["polar_prescale"])
         bad = unsound(squares(o, -1).sum(dim=(-2, -1), keepdim=True), u.shape)  # (N, 1, 1)
         factor = torch.full(bad.shape, matrix.scale(group["scale"], *u.shape[-2:]), dtype=wide(o), device=o.device)
-        return (scaled(o, factor).masked_fill_(bad, 0.0),), bad.flatten()
+        return (scaled_or_zero(o, factor, bad),), bad.flatten()
 
     (steps,) = yield Whole(direction, (ahead,), ("matrix",), (transport(dtype),))
     matrix.apply(weights, steps, group)

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from trainer.optim import matrix
 from trainer.optim.options import MatrixOptions
-from trainer.optim.polar import polar, precision, scaled, squares, transport, unsound
+from trainer.optim.polar import polar, precision, scaled_or_zero, squares, transport, unsound
 from trainer.optim.polar import reference as reference_polar
 from trainer.optim.requests import Whole
 from trainer.registry import lazy
@@ -77,7 +77,7 @@ def update(
         target = total.sqrt() if group["restore"] == "norm" else math.sqrt(min(u.shape[-2:]))
         # A zero matrix stays zero: 0 / 0 would be the NaN of a layer that has not had a gradient yet.
         factor = target * matrix.scale(group["scale"], *u.shape[-2:]) / norm.clamp_min(1e-8)
-        return (scaled(o, inverse * factor).masked_fill_(bad, 0.0), v), bad.flatten()
+        return (scaled_or_zero(o, inverse * factor, bad), v), bad.flatten()
 
     # A bucket holds tall parameters or wide ones, never both: the first speaks for all.
     kind = _kind(group["shapes"][0], group["axis"], group["blocks"])

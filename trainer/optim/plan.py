@@ -6,7 +6,6 @@ into blocks of rows; every block of every matrix is one `Matrix`, the unit of ow
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,12 +28,12 @@ class Stored:
     dim: int | None
     blocks: tuple[int, ...] = ()
 
-    def matrices(self) -> Iterator[tuple[int, int, int, int]]:
-        """(expert, block, first row, end row) of every matrix."""
+    def matrices(self, parameter: int) -> Iterator[Matrix]:
+        """All of its matrices; `parameter` is its number."""
         for expert in range(self.shape[0]):
             start = 0
-            for index, rows in enumerate(self.blocks or (self.shape[1],)):
-                yield expert, index, start, start + rows
+            for block, rows in enumerate(self.blocks or (self.shape[1],)):
+                yield Matrix(parameter, expert, block, (start, start + rows), self.shape[2])
                 start += rows
 
 
@@ -96,26 +95,29 @@ def own(parameters: Sequence[Stored], parts: int, replicas: int = 1) -> list[Mat
     Owner `r * parts + p` is shard rank p of replica r. A matrix that one shard rank holds alone stays there, and costs
     no exchange.
     """
-    free, loads = [], [0] * (parts * replicas)
+    loads = [0] * (parts * replicas)
+    free: list[Matrix] = []
     placed: list[Matrix] = []
     for index, stored in enumerate(parameters):
-        for expert, block, start, stop in stored.matrices():
-            matrix = Matrix(index, expert, block, (start, stop), stored.shape[2])
+        for matrix in stored.matrices(index):
             holder = holder_of(matrix, stored, parts)
             if holder is None:
                 free.append(matrix)
-            else:
-                candidates = range(holder, parts * replicas, parts)
-                owner = min(candidates, key=loads.__getitem__)
-                loads[owner] += work(matrix.shape)
-                placed.append(replace(matrix, owner=owner))
+                continue
+            owner = min(range(holder, parts * replicas, parts), key=loads.__getitem__)
+            loads[owner] += work(matrix.shape)
+            placed.append(replace(matrix, owner=owner))
     heap = [(load, rank) for rank, load in enumerate(loads)]
     heapq.heapify(heap)
-    for matrix in sorted(free, key=lambda m: (-work(m.shape), m.parameter, m.expert, m.block)):
+    for matrix in sorted(free, key=_dearest_first):
         load, owner = heap[0]
         heapq.heapreplace(heap, (load + work(matrix.shape), owner))
         placed.append(replace(matrix, owner=owner))
-    return sorted(placed, key=lambda m: (-work(m.shape), m.parameter, m.expert, m.block))
+    return sorted(placed, key=_dearest_first)
+
+
+def _dearest_first(matrix: Matrix) -> tuple[int, int, int, int]:
+    return -work(matrix.shape), matrix.parameter, matrix.expert, matrix.block
 
 
 def holder_of(matrix: Matrix, stored: Stored, parts: int) -> int | None:
@@ -130,14 +132,16 @@ def holder_of(matrix: Matrix, stored: Stored, parts: int) -> int | None:
 def buckets(parameters: Sequence[Stored], parts: int, limit: int, width: int) -> list[list[int]]:
     """Parameters in the order of their work, cut so that no rank moves more than `limit` bytes of shards at a time.
 
-    `width` is the bytes of an entry on the way. One parameter beyond the limit is a bucket by itself.
+    `width` is the bytes of an entry on the way. The limit is at least the bytes of the largest parameter: its owner
+    needs that much anyway, and a bucket then has a matrix for every rank.
     """
-    dearest = {i: max(work((b - a, p.shape[2])) for _, _, a, b in p.matrices()) for i, p in enumerate(parameters)}
+    sizes = [width * experts * rows * columns for experts, rows, columns in (p.shape for p in parameters)]
+    dearest = [min(map(_dearest_first, p.matrices(i))) for i, p in enumerate(parameters)]
+    limit = max(limit, *sizes)
     result: list[list[int]] = []
     room = 0
-    for index in sorted(dearest, key=lambda i: (-dearest[i], i)):
-        box = held(parameters[index], "matrix", parts, 0)
-        size = width * (box[0][1] - box[0][0]) * (box[1][1] - box[1][0]) * (box[2][1] - box[2][0])
+    for index in sorted(range(len(parameters)), key=dearest.__getitem__):
+        size = sizes[index] if parameters[index].dim is None else -(-sizes[index] // parts)
         if not result or size > room:
             result.append([])
             room = limit
@@ -170,8 +174,3 @@ def traffic(parameters: Sequence[Stored], matrices: Sequence[Matrix], parts: int
                 totals[peer][0] += size
                 totals[peer][1] += size
     return [(sent, received) for sent, received in totals]
-
-
-def digest(*facts: object) -> int:
-    """63 bits that two ranks with the same plan agree on."""
-    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1

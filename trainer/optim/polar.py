@@ -84,7 +84,8 @@ def precision(name: str, device: Any) -> Any:
         return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[name]
     if device.type == "cuda":
         return torch.float16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def transport(dtype: Any) -> Any:
@@ -103,7 +104,8 @@ def polar(
         coefficients: a name in `COEFFICIENTS`.
         dtype: precision of the products; `precision("auto", x.device)` when None. Norms are taken in fp32 or wider.
         form: "standard" iterates X; "gram" iterates the s x s matrix X X^T (s the shorter side), always in fp32 or
-            wider, with one restart: fewer multiplications where the longer side is more than about twice the shorter.
+            wider, with a restart after 2 steps and then every 3: fewer multiplications where the longer side is more
+            than about twice the shorter.
         prescale: what X is divided by so that its largest singular value is at most 1: its Frobenius norm, or the
             tighter Schatten-4 norm ||X X^T||_F^(1/2), which the first product gives for free.
 
@@ -120,20 +122,30 @@ def polar(
     dtype = dtype or precision("auto", x.device)
     work = torch.promote_types(dtype, torch.float32) if form == "gram" else dtype
     safety, steps = COEFFICIENTS[coefficients]
-    tall = x.shape[-2] > x.shape[-1]
-    x = normalize(x.mT if tall else x, safety, work)  # (N, s, l)
+    rows, columns = x.shape[-2:]
+    tall = rows > columns
+    x = normalize(aligned(x), safety, work)
+    x = flipped(x) if tall else x  # (N, s, l)
     gram = x @ x.mT  # (N, s, s)
     if prescale == "schatten":
         root = (safety * squares(gram, -1).sum(dim=-2, keepdim=True).pow(0.25)).clamp_min(1e-12)  # (N, 1, 1)
         x, gram = scaled(x, 1 / root), scaled(gram, 1 / root.square())
     if form == "gram":
         x = _gram_factor(gram, steps[:2]) @ x
-        x = _gram_factor(x @ x.mT, steps[2:]) @ x  # the restart
+        for start in range(2, len(steps), 3):  # restarts: rounding in a Gram matrix grows with every step on it
+            x = _gram_factor(x @ x.mT, steps[start : start + 3]) @ x
     else:
         for index, (a, b, c) in enumerate(steps):
             gram = x @ x.mT if index else gram
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(dtype)
+    return (flipped(x) if tall else x).to(dtype)[:, :rows, :columns]
+
+
+def aligned(x: Any) -> Any:
+    """The matrices with zero rows and columns up to multiples of 8, which change nothing else of a polar factor: a
+    product may depend, in its last bits, on where its operands start within 64 bytes, so all of a batch start alike."""
+    rows, columns = x.shape[-2:]
+    return torch.nn.functional.pad(x, (0, -columns % 8, 0, -rows % 8)) if rows % 8 or columns % 8 else x
 
 
 def _gram_factor(gram: Any, steps: Steps) -> Any:
@@ -148,32 +160,42 @@ def _gram_factor(gram: Any, steps: Steps) -> Any:
 
 
 def normalize(x: Any, safety: float, dtype: Any) -> Any:
-    """`x` divided by `safety` times its Frobenius norm, in `dtype`, contiguous; zeros stay zeros.
+    """`x` divided by `safety` times its Frobenius norm, in `dtype`; zeros stay zeros.
 
     First divided by the power of two below its largest entry, so that no square leaves the range of fp32: 1e-30 and
-    1e30 are as good as 1. One matrix at a time: its passes then stay in the cache.
+    1e30 are as good as 1.
     """
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for matrix, target in zip(x, out, strict=True):
-        y = matrix.to(wide(x))
-        _, exponent = torch.frexp(y.abs().amax())
-        y = y * torch.exp2(-exponent.to(y.dtype))
-        norm = torch.linalg.vecdot(y.reshape(-1), y.reshape(-1)).sqrt()
-        target.copy_(y.mul_(torch.where(norm > 0, 1 / (safety * norm), norm)))
-    return out
+    y = x.to(wide(x), copy=True)
+    _, exponent = torch.frexp(y.abs().amax(dim=(-2, -1), keepdim=True))
+    y.mul_(torch.exp2(-exponent.to(y.dtype)))
+    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
+    return y.mul_(torch.where(norm > 0, 1 / (safety * norm), norm)).to(dtype)
 
 
 def squares(o: Any, dim: int) -> Any:
-    """Sums of squares along one dimension, kept with size 1; at least fp32, one matrix at a time as above."""
-    return torch.stack([y.to(wide(o)).square().sum(dim, keepdim=True) for y in o])
+    """Sums of squares along one dimension, kept with size 1; at least fp32."""
+    return o.to(wide(o), copy=True).square_().sum(dim, keepdim=True)
 
 
-def scaled(o: Any, factor: Any) -> Any:
-    """`o` times a factor that broadcasts per matrix, row or column (N, ., .): in the factor's precision, rounded once to
-    that of `o`, contiguous."""
-    out = torch.empty(o.shape, dtype=o.dtype, device=o.device)
-    for matrix, by, target in zip(o, factor, out, strict=True):
-        target.copy_(matrix.to(by.dtype).mul_(by))
+def scaled(x: Any, factor: Any) -> Any:
+    """`x` times a factor that broadcasts per matrix, row or column (N, ., .): in the factor's precision, then rounded to
+    that of `x`."""
+    return x.to(factor.dtype, copy=True).mul_(factor).to(x.dtype)
+
+
+def scaled_or_zero(o: Any, factor: Any, bad: Any) -> Any:
+    """`scaled`, with zeros for the matrices where `bad` (N, 1, 1); works on `o` in place."""
+    finite = o.nan_to_num_(0.0, 0.0, 0.0)  # 0 x NaN is NaN; a fill by mask is three times slower on a CPU
+    return scaled(finite, factor.masked_fill(bad, 0.0))
+
+
+def flipped(x: Any) -> Any:
+    """The transposes; on a CPU contiguous, one at a time: torch copies transposes fast in two dimensions only."""
+    if x.is_cuda:
+        return x.mT
+    out = torch.empty(x.mT.shape, dtype=x.dtype)
+    for matrix, target in zip(x, out, strict=True):
+        target.copy_(matrix.mT)
     return out
 
 

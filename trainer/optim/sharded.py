@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.optim.exchange import Bucket, Crew, answer
 from trainer.optim.options import GROUPING
-from trainer.optim.plan import Stored, buckets, digest, own
+from trainer.optim.plan import Stored, buckets, own
 from trainer.registry import alternatives
 
 
@@ -52,7 +53,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self, params: Iterable[dict[str, Any]], *, spread_replicas: bool = False,
-        replicas: dist.ProcessGroup | None = None, bucket_bytes: int = 32 * 2**20,
+        replicas: dist.ProcessGroup | None = None, bucket_bytes: int = 16 * 2**20,
     ) -> None:  # fmt: skip
         self._spread, self._replicas, self._limit = spread_replicas, replicas, bucket_bytes
         self._buckets: list[tuple[int, list[Tensor], Bucket]] = []
@@ -61,13 +62,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             rule = rule_of(group["rule"])
             for position, parameter in enumerate(group["params"]):
-                names = group.get("param_names")
-                name = names[position] if names else f"parameter {position} of group {index}, {tuple(parameter.shape)}"
-                _check(name, parameter, group, orthogonalizes(rule))
+                _check(self._name(index, position), parameter, group, orthogonalizes(rule))
                 self.state[parameter] = rule.init_state(_logical(parameter, group), group)
+        if not self.state:
+            raise ValueError("the optimizer was given no parameters; is an iterator used up?")
         self._plan()
-        device = self.param_groups[0]["params"][0].device
+        device = next(iter(self.state)).device
         self._rejected = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _name(self, index: int, position: int) -> str:
+        """A parameter as messages call it."""
+        names, parameter = self.param_groups[index].get("param_names"), self.param_groups[index]["params"][position]
+        return names[position] if names else f"parameter {position} of group {index}, {tuple(parameter.shape)}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: owners are chosen over all matrices, on all ranks alike."""
@@ -179,38 +185,56 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copy a state into the existing tensors. Unlike torch's method it never casts, and checks rules and shapes.
+        """Copy a state into the existing tensors, all of it or nothing. Unlike torch's method it never casts.
 
         Raises:
-            ValueError: another rule, other keys, shapes or dtypes; names the place.
+            ValueError: another rule, other options, keys, shapes, dtypes or layouts; names the parameter.
         """
-        groups = state_dict["param_groups"]
-        if [g["rule"] for g in groups] != [g["rule"] for g in self.param_groups]:
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        rules, given = [group["rule"] for group in self.param_groups], [group.get("rule", "?") for group in groups]
+        if rules != given:
             raise ValueError(
-                f"the state is of rules {[g['rule'] for g in groups]}, this optimizer has "
-                f"{[g['rule'] for g in self.param_groups]}; build it with the same configuration"
+                f"the state is of rules {given}, this optimizer has {rules}; build it with the same configuration"
             )
+        copies: list[tuple[Tensor, Tensor]] = []
+        for number, (mine, theirs) in enumerate(zip(self.param_groups, groups, strict=True)):
+            label, indices = mine["label"], theirs["params"]
+            if len(mine["params"]) != len(indices):
+                raise ValueError(f"group {label} has {len(mine['params'])} parameters, not {len(indices)}")
+            unknown = theirs.keys() - mine.keys() - {"param_names"}
+            if unknown:
+                raise ValueError(f"group {label} has no option {', '.join(sorted(unknown))}, as the state does")
+            for key in ("blocks", "transposed"):  # what the plan was made for
+                if mine.get(key) != theirs.get(key, mine.get(key)):
+                    raise ValueError(f"{key} of group {label} is {mine[key]}, not {theirs[key]} as in the state")
+            theirs_names = theirs.get("param_names", [])
+            for position, (parameter, index) in enumerate(zip(mine["params"], indices, strict=True)):
+                name = self._name(number, position)
+                if "param_names" in mine and theirs_names and theirs_names[position] != name:
+                    raise ValueError(f"the state at the place of {name} is of {theirs_names[position]}")
+                copies += _fitting(name, self.state[parameter], state.get(index, {}))
         for mine, theirs in zip(self.param_groups, groups, strict=True):
-            if len(mine["params"]) != len(theirs["params"]):
-                raise ValueError(
-                    f"group {mine['label']} has {len(mine['params'])} parameters, not {len(theirs['params'])}"
-                )
-            for parameter, index in zip(mine["params"], theirs["params"], strict=True):
-                live, given = self.state[parameter], state_dict["state"][index]
-                if live.keys() != given.keys():
-                    raise ValueError(f"parameter {index} has state {sorted(live)}, not {sorted(given)}")
-                for key, tensor in live.items():
-                    value = given[key]
-                    if value.shape != tensor.shape or value.dtype != tensor.dtype:
-                        raise ValueError(
-                            f"{key} of parameter {index} is {tuple(tensor.shape)} {tensor.dtype}, "
-                            f"not {tuple(value.shape)} {value.dtype}"
-                        )
             mine.update({k: v for k, v in theirs.items() if k not in ("params", "param_names")})
-        for mine, theirs in zip(self.param_groups, groups, strict=True):
-            for parameter, index in zip(mine["params"], theirs["params"], strict=True):
-                for key, tensor in self.state[parameter].items():
-                    tensor.copy_(state_dict["state"][index][key])
+        for tensor, value in copies:
+            tensor.copy_(value)
+
+
+def _fitting(name: str, live: dict[str, Tensor], given: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of live and given tensors; raises where they do not fit."""
+    if live.keys() != given.keys():
+        raise ValueError(f"{name} has state {sorted(live)}, not {sorted(given)}")
+    for key, tensor in live.items():
+        mine, theirs = _describe(tensor), _describe(given[key])
+        if mine != theirs:
+            raise ValueError(f"{key} of {name} is {mine}, not {theirs}")
+    return [(tensor, given[key]) for key, tensor in live.items()]
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    kind = "sharded" if isinstance(value, DTensor) else "plain"
+    return f"{kind} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -237,7 +261,7 @@ def _complete(group: dict[str, Any]) -> dict[str, Any]:
                 f"{key} '{group[key]}' is unknown to {group['rule']}; use one of {', '.join(get_args(choices))}"
             )
     group = {"label": group["rule"], **options, **group}
-    return {**group, "initial_lr": group["lr"]}
+    return {"initial_lr": group["lr"], **group}
 
 
 def _stored(parameter: Tensor, group: dict[str, Any]) -> Stored:
@@ -251,7 +275,7 @@ def _stored(parameter: Tensor, group: dict[str, Any]) -> Stored:
 
 def agree(crew: Crew, facts: object) -> None:
     """Raise on every rank unless all ranks of the crew have the same facts."""
-    value = digest(facts)
+    value = int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1
     for group in (crew.shards, crew.replicas):
         if group is None:
             continue
@@ -269,9 +293,14 @@ def _check(name: str, parameter: Tensor, group: dict[str, Any], matrix_rule: boo
         raise ValueError(f"{name} is on the meta device; give it storage before building the optimizer")
     if matrix_rule and parameter.ndim not in (2, 3):
         raise ValueError(f"{name} has {parameter.ndim} dimensions; {group['rule']} takes matrices: give it to adamw")
+    if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
+        raise ValueError(f"{name} is of {parameter.dtype}; use float64, float32, bfloat16 or float16")
+    if matrix_rule and not parameter.numel():
+        raise ValueError(f"{name} of shape {tuple(parameter.shape)} has no entries; leave it out")
     rows = parameter.shape[-1 if group.get("transposed") else -2] if matrix_rule else 0
-    if matrix_rule and group["blocks"] and sum(group["blocks"]) != rows:
-        raise ValueError(f"{name} has {rows} rows, its blocks {group['blocks']} have {sum(group['blocks'])}")
+    blocks = group["blocks"] if matrix_rule else []
+    if blocks and (sum(blocks) != rows or min(blocks) < 1):
+        raise ValueError(f"{name} has {rows} rows, which blocks {blocks} do not cut into pieces of 1 row or more")
     if not isinstance(parameter, DTensor):
         return
     *outer, last = parameter.placements
