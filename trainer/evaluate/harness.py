@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.export import export_of, exported_model
+from trainer.checkpoint.export import export_of, loaded_model
 from trainer.evaluate.text import beginning, load_tokenizer
 from trainer.outcome import RunError
 
@@ -51,7 +51,8 @@ def harness(
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=[text, "$A"], special_tokens=[(text, marker[0])]
         )
-    model = HFLM(pretrained=exported_model(folder), tokenizer=tokenizer, add_bos_token=bool(marker) or None)
+    whole, _, _ = loaded_model(run, None, folder)
+    model = HFLM(pretrained=whole, tokenizer=tokenizer, add_bos_token=bool(marker) or None)
     found = lm_eval.simple_evaluate(
         model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
     )
