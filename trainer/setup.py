@@ -165,8 +165,9 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
 
 
 def group_metrics(config: RunConfig, optimizer: Any, steps_per_epoch: float) -> GroupMetrics:
-    """What is measured of each parameter group, at the configured interval."""
-    interval = config.metrics.groups_every
+    """What is measured of each parameter group, at the configured interval; nothing under DeepSpeed, whose flat partitions
+    do not keep parameters apart."""
+    interval = config.metrics.groups_every if config.parallel.name != "deepspeed" else None
     return GroupMetrics(optimizer, int(split_interval(interval)[0]) if interval else None, steps_per_epoch)
 
 
