@@ -6,6 +6,8 @@ import math
 
 from trainer.checkpoint import manifest as manifests
 from trainer.config import RunConfig
+from trainer.config_data import weights_of
+from trainer.data.mixture import Passes
 from trainer.derive import derive
 from trainer.outcome import RunError
 from trainer.schedule import factor
@@ -26,11 +28,24 @@ def cooldown(length: str, manifest: manifests.Manifest, config: RunConfig, overr
     except ValueError as error:
         raise RunError(str(error), where="command line, --cooldown", mend='e.g. --cooldown="100 steps"') from None
     per_step = config.train.tokens_per_step // config.data.sequence_length
-    sequences = {"tokens": number / config.data.sequence_length, "epochs": number * manifest.state["data"]["sequences"]}
-    steps = max(1, math.ceil(number if unit == "steps" else sequences[unit] / per_step))
+    if unit == "steps":
+        sequences = number * per_step
+    elif unit == "tokens":
+        sequences = number / config.data.sequence_length
+    else:
+        sequences = passes(manifest, config).after_epochs(
+            number, unit.removeprefix("epochs").removeprefix(" of ") or None
+        )
+    steps = max(1, math.ceil(sequences / per_step))
     total = manifest.step + steps
     found = [f"--train.length={total} steps", f"--schedule.decay={steps / total!r}"]
     return found if config.schedule.name in ("wsd", "1-sqrt") else [*found, "--schedule.name=wsd"]
+
+
+def passes(manifest: manifests.Manifest, config: RunConfig) -> Passes:
+    """The passes over the data that the checkpoint's run reads."""
+    sources = manifest.state["data"]["sources"]
+    return Passes(weights_of(config.data), {name: s.get("subset", s["sequences"]) for name, s in sources.items()})
 
 
 def check_length(manifest: manifests.Manifest, config: RunConfig) -> int:
@@ -39,7 +54,7 @@ def check_length(manifest: manifests.Manifest, config: RunConfig) -> int:
     Raises:
         RunError: nothing would be left to train.
     """
-    derived = derive(config, 1, manifest.state["data"]["sequences"])
+    derived = derive(config, 1, passes(manifest, config))
     if derived.available <= manifest.position:
         raise RunError(
             f"the checkpoint of step {manifest.step} is at the end: train.length = {config.train.length} leaves nothing to train",
@@ -52,7 +67,7 @@ def check_length(manifest: manifests.Manifest, config: RunConfig) -> int:
 
 def show_rate(config: RunConfig, manifest: manifests.Manifest) -> None:
     """The factor of the learning rate at the next step, under one run's schedule."""
-    steps = derive(config, 1, manifest.state["data"]["sequences"]).steps
+    steps = derive(config, 1, passes(manifest, config)).steps
     if manifest.step < steps:
         rate = factor(config.schedule, manifest.step, steps)
         print(f"learning rate at step {manifest.step + 1}: {rate:.4f} of the full rate in {config.name}")

@@ -48,6 +48,39 @@ class Schedule:
         return rounds * self.period + int(self._places[source][nth])
 
 
+class Passes:
+    """Positions of a mixture in passes over its sources.
+
+    Args:
+        weights: exact shares of the sources, by name, with the sum 1.
+        sizes: sequences of one pass over each.
+    """
+
+    def __init__(self, weights: dict[str, Fraction], sizes: dict[str, int]) -> None:
+        self.names, self.sizes = list(weights), sizes
+        self.schedule = Schedule(list(weights.values()))
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """Passes over each source that the first `position` sequences make."""
+        return {
+            name: self.schedule.taken(index, position) / size for index, (name, size) in enumerate(self.sizes.items())
+        }
+
+    def after_epochs(self, number: float, name: str | None = None) -> int:
+        """The position right after `number` passes over a source (the only one if it has no name)."""
+        index = 0 if name is None else self.names.index(name)
+        count = round(number * self.sizes[name or self.names[0]])
+        return self.schedule.position_of(index, count - 1) + 1 if count else 0
+
+    def first_exhausted(self, max_epochs: int) -> tuple[int, str]:
+        """The first position that would begin pass `max_epochs` + 1 over a source, and that source."""
+        ends = [
+            (self.schedule.position_of(index, max_epochs * size), name)
+            for index, (name, size) in enumerate(self.sizes.items())
+        ]
+        return min(ends)
+
+
 def _earliest_deadline_first(period: int, counts: list[int]) -> NDArray[np.int32]:
     turns = np.empty(period, np.int32)
     later = [(0, source, 0) for source in range(len(counts))]  # (release, source, which of its sequences)

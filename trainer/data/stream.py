@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.mixture import Schedule
+from trainer.data.mixture import Passes
 from trainer.data.order import name_seed, permute, sequence_ids
 from trainer.data.table import Rows
 
@@ -40,13 +40,14 @@ class Part(NamedTuple):
     weight: Fraction
 
 
-class Stream:
+class Stream(Passes):
     """The stream of one or several sources. The sources' order in `parts` decides ties: give them sorted by name."""
 
     def __init__(self, parts: dict[str, Part], order_seed: int, epoch_order: str = "reshuffle") -> None:
-        self.names = list(parts)
+        super().__init__(
+            {n: part.weight for n, part in parts.items()}, {n: part.rows.sequences for n, part in parts.items()}
+        )
         self.sources = [part.rows for part in parts.values()]
-        self.schedule = Schedule([part.weight for part in parts.values()])
         self.reshuffle = epoch_order == "reshuffle"
         # The only source of a run keeps the run's seed; those of a mixture each have their own permutations.
         self._seeds = [order_seed] if len(parts) == 1 else [name_seed(order_seed, name) for name in self.names]
@@ -79,27 +80,6 @@ class Stream:
             n, seed = self.sources[source].sequences, self._seeds[source]
             ids[here] = sequence_ids(indices[here], n, seed, reshuffle=self.reshuffle)
         return sources, ids
-
-    def epochs(self, position: int) -> dict[str, float]:
-        """Passes over each source that the first `position` sequences make."""
-        return {
-            name: self.schedule.taken(index, position) / rows.sequences
-            for index, (name, rows) in enumerate(zip(self.names, self.sources, strict=True))
-        }
-
-    def after_epochs(self, number: float, name: str | None = None) -> int:
-        """The position right after `number` passes over a source (the only one if it has no name)."""
-        index = 0 if name is None else self.names.index(name)
-        count = round(number * self.sources[index].sequences)
-        return self.schedule.position_of(index, count - 1) + 1 if count else 0
-
-    def first_exhausted(self, max_epochs: int) -> tuple[int, str]:
-        """The first position that would begin pass `max_epochs` + 1 over a source, and that source."""
-        ends = [
-            (self.schedule.position_of(index, max_epochs * rows.sequences), name)
-            for index, (name, rows) in enumerate(zip(self.names, self.sources, strict=True))
-        ]
-        return min(ends)
 
     def _find(self, positions: NDArray[np.int64]) -> list[tuple[Rows, NDArray[np.int64], NDArray[np.bool_]]]:
         sources, ids = self.ids(positions)
