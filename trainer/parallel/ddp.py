@@ -45,18 +45,24 @@ class Strategy(single.Strategy):
             self.forward = model
             return
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # Buffers are the same on all ranks. Before torch 2.13 the key has another name.
         known = inspect.signature(parallel.DistributedDataParallel).parameters
-        key = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        self.forward = parallel.DistributedDataParallel(
-            model, device_ids=ids, gradient_as_bucket_view=True, **{key: False}
+        buffers = (
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        )  # before torch 2.13
+        wrapped = parallel.DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True, **{buffers: False}
         )
+        # The loss is divided by the global token count already: sums, where DDP alone would take means.
+        wrapped.register_comm_hook(None, _sum)
+        self.forward = wrapped
 
     def synchronize(self, *, last: bool) -> None:
-        """Gradients are exchanged in the last micro-step only; to do it in each would save no memory."""
+        """Earlier micro-steps add to this rank's gradients only: summing them twice would count them twice."""
         if self.world > 1:
             self.forward.require_backward_grad_sync = last  # type: ignore[union-attr]
 
-    def backward(self, loss: Any) -> None:
-        """DDP takes means over the ranks, and the loss is divided by the global token count already."""
-        (loss * self.world).backward()
+
+def _sum(state, bucket):  # type: ignore[no-untyped-def]  # torch refuses any annotation but its own class
+    """Communication hook: the sum of a bucket of gradients over the ranks."""
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
