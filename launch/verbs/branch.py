@@ -36,7 +36,7 @@ class Branch:
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
-        from launch.branching import check_length, cooldown, show_rate
+        from launch.branching import check_length, cooldown, rate_at
         from trainer import config as configuration
 
         source, old = process.opened(self.run, self.runs)
@@ -44,7 +44,7 @@ class Branch:
         if self.cooldown is not None:
             overrides = [*overrides, *cooldown(self.cooldown, manifest, old, overrides)]
         _, new = process.opened(self.run, self.runs, [*overrides, f"--name={self.name}", f"--runs={self.runs}"])
-        steps = check_length(manifest, new)
+        check_length(manifest, new)
         folder = runfolder.create(new, runfolder.command_line(), manifests.lineage(source, manifest))
         try:
             how = manifests.copy(checkpoint, manifest, folder / "checkpoints")
@@ -52,13 +52,15 @@ class Branch:
         except BaseException:
             shutil.rmtree(folder)
             raise
-        print(f"run {new.name} starts from {checkpoint.name} of {source.name} ({how}) and trains to step {steps}")
+        print(
+            f"run {new.name} starts from {checkpoint.name} of {source.name} ({how}); its length is {new.train.length}"
+        )
         for key, (before, after) in configuration.changes(
             configuration.resolved(old), configuration.resolved(new)
         ).items():
             if key not in ("name", "runs"):
                 print(f"changed: {key} from {before!r} to {after!r}")
         for config in (old, new):
-            show_rate(config, manifest)
+            print(f"learning rate at step {manifest.step + 1} in {config.name}: {rate_at(config, manifest.step)}")
         print(f"go on with: orthogon resume {process.reference(new.name, self.runs)}")
         return 0

@@ -231,8 +231,8 @@ def test_a_cooldown_branches_from_the_stable_phase(group, tiny, capsys) -> None:
     said = capsys.readouterr().out
     assert f"changed: schedule.decay from 0.3 to {4 / 14}" in said
     assert "changed: train.length from '20 steps' to '14 steps'" in said
-    assert "learning rate at step 11: 1.0000 of the full rate in tiny" in said
-    assert "learning rate at step 11: 0.8000 of the full rate in cool" in said
+    assert "learning rate at step 11 in tiny: 1.0000 of the full rate" in said
+    assert "learning rate at step 11 in cool: 0.8000 of the full rate" in said
     result = group(2, bodies_run.train, tiny.yaml, ["--name=cool", "--train.length=14 steps", f"--schedule.decay={4 / 14}"])[0]
     rates = [r["learning_rate_factor"] for r in result["history"] if "loss" in r]
     assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
@@ -245,6 +245,8 @@ def test_a_branch_that_cannot_be_leaves_nothing(tiny, monkeypatch) -> None:
         (["--from-step=10", "--name=tiny"], "there is a run tiny already"),
         (["--from-step=10", "--name=no", "--data.sequence_length=8"], "data.sequence_length was 16"),
         (["--from-step=10", "--name=no", "--cooldown=4"], "is no length"),
+        (["--from-step=10", "--name=no", "--cooldown=1 epochs"], "in epochs"),
+        (["--from-step=10", "--name=no", "--train.length=1280 tokens"], "leaves nothing to train"),
         (["--from-step=10", "--name=no", "--cooldown=4 steps", "--train.length=20 steps"], "--cooldown sets train.length"),
         (["--from-step=10", "--name=no", "--optim.name=adamw"], "unknown key optim"),
     ):

@@ -17,7 +17,7 @@ FILES = {
 }
 # What the launcher may use of the trainer: files and pure functions that load no torch.
 SHARED = {
-    "config", "outcome", "runfolder", "yaml_source", "schedule", "derive", "checkpoint.manifest", "metrics.history",
+    "config", "outcome", "runfolder", "yaml_source", "schedule", "checkpoint.manifest", "metrics.history",
     "optim.plan", "units",
 }  # fmt: skip
 
