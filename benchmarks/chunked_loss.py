@@ -40,11 +40,11 @@ def contestant(name: str, arguments: argparse.Namespace) -> Callable[[], None]:
 
     sizes = {"hidden_size": arguments.width, "intermediate_size": 8, "num_hidden_layers": 0, "num_attention_heads": 4}
     config = ModelConfig(config={"model_type": "llama", **sizes})
-    model: Any = build(
-        architecture(config, vocab_size=arguments.vocabulary, bos=0, eos=1, max_length=arguments.tokens)
-    )
+    model: Any = build(architecture(config, vocab_size=arguments.vocabulary, bos=0, eos=1, max_length=arguments.tokens))
     initialize(model, 0, torch.device("cpu"))
-    tokens = torch.randint(0, arguments.vocabulary, (2, 1, arguments.tokens), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, arguments.vocabulary, (2, 1, arguments.tokens), generator=torch.Generator().manual_seed(0)
+    )
     if name.isdigit():
         chunked.install(model, int(name))
 

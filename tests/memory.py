@@ -21,7 +21,9 @@ class Count(TorchDispatchMode):
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((arguments, options)) if isinstance(leaf, torch.Tensor)}
+        given = {
+            id(leaf.untyped_storage()) for leaf in tree_leaves((arguments, options)) if isinstance(leaf, torch.Tensor)
+        }
         result = operation(*arguments, **(options or {}))
         self.operations[operation.name().removeprefix("aten::").split(".")[0]] += 1
         for leaf in tree_leaves(result):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ from tests.dist import bodies_run
 from tests.dist.bodies import fingerprint, whole
 from tests.models import ARCHITECTURES
 from trainer import config as configuration
-from trainer import runfolder, setup
+from trainer import assembly, runfolder, setup
 from trainer.guard.signals import Flag
 from trainer.outcome import RunError
 
@@ -22,6 +23,12 @@ from trainer.outcome import RunError
 def train(path: str, name: str, *overrides: str) -> dict[str, Any]:
     """Train a tiny model of an architecture."""
     return bodies_run.train(path, [f"--model.config={ARCHITECTURES[name]!r}", *overrides])
+
+
+def compiled(path: str, *overrides: str) -> dict[str, Any]:
+    """Train with compiled blocks, by the tracing half of the compiler alone."""
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        return train(path, "llama", "--train.compile=true", *overrides)
 
 
 def start(path: str, overrides: list[str]) -> dict[str, Any]:
@@ -47,7 +54,7 @@ def groups_of(path: str, name: str) -> dict[str, list[str]]:
     from trainer.optim import build_optimizer
 
     shape = architecture(config.model, vocab_size=301, bos=0, eos=1, max_length=16)
-    made = setup.make(config, shape, torch.device("cpu"), dist.get_world_size())
+    made = assembly.make(config, shape, torch.device("cpu"), dist.get_world_size())
     optimizer = build_optimizer(made.model, config.optim)
     names = {parameter: key for key, parameter in made.model.named_parameters()}
     found: dict[str, list[str]] = {}

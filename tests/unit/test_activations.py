@@ -18,7 +18,7 @@ from trainer.model.prepare import check_compiler, prepare
 from trainer.outcome import RunError
 
 LAYERS, PRODUCTS = 2, 7  # of a Llama block: q, k, v, o, gate, up, down
-PRODUCT_NAMES = {name for name in ("mm", "addmm", "bmm", "baddbmm")}
+PRODUCT_NAMES = {"mm", "addmm", "bmm", "baddbmm"}
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -108,7 +108,9 @@ def test_compiled_blocks_give_the_same_loss() -> None:
     with torch.no_grad():
         plain, compiled = tiny("llama"), tiny("llama")
         prepare(compiled, train(compile=True), torch.device("cpu"))
-        assert float(losses(compiled, inputs, targets)[0]) == pytest.approx(float(losses(plain, inputs, targets)[0]), rel=1e-6)
+        assert float(losses(compiled, inputs, targets)[0]) == pytest.approx(
+            float(losses(plain, inputs, targets)[0]), rel=1e-6
+        )
     assert dict(compiled.named_parameters()).keys() == dict(plain.named_parameters()).keys()
 
 

@@ -17,7 +17,11 @@ def outcome(model, inputs, targets):
     model.zero_grad()
     loss, objective = losses(model, inputs, targets)
     objective.backward()
-    return loss.detach(), objective.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return (
+        loss.detach(),
+        objective.detach(),
+        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+    )
 
 
 def large(model):
@@ -29,7 +33,7 @@ def large(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loss_and_gradients_are_those_of_the_plain_loss(name, dtype, bound) -> None:
     model = large(tiny(name)).to(dtype)
@@ -37,7 +41,9 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(name, dtype, bound) -> N
     plain = outcome(model, inputs, targets)
     assert plain[0].dtype == dtype
     for chunk in (1, 7, 48) if dtype == torch.float64 else (7,):
-        (chunked.install if chunk == 1 or dtype == torch.float32 else lambda m, c: setattr(m, "loss_chunk", c))(model, chunk)
+        (chunked.install if chunk == 1 or dtype == torch.float32 else lambda m, c: setattr(m, "loss_chunk", c))(
+            model, chunk
+        )
         loss, objective, gradients = outcome(model, inputs, targets)
         assert abs(loss - plain[0]) <= bound * plain[0]
         assert abs(objective - plain[1]) <= bound * plain[1]
@@ -51,7 +57,9 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(name, dtype, bound) -> N
 def test_soft_capping_and_balance_are_part_of_what_is_compared() -> None:
     """Negative control: without them the loss is another one."""
     inputs, targets = batch(3, 16)
-    capped, bare = (summed_loss(large(tiny("gemma2, tied", final_logit_softcapping=c)), inputs, targets) for c in (2.0, None))
+    capped, bare = (
+        summed_loss(large(tiny("gemma2, tied", final_logit_softcapping=c)), inputs, targets) for c in (2.0, None)
+    )
     assert abs(capped - bare) > 0.001 * bare
     loss, objective, _ = outcome(large(tiny("mixtral")), inputs, targets)
     assert objective > loss

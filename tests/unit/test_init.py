@@ -66,7 +66,13 @@ def test_a_tied_weight_is_the_embeddings() -> None:
 
 
 def test_a_weight_without_a_rule_is_refused_by_name() -> None:
-    config = {"model_type": "apertus", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = {
+        "model_type": "apertus",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     model = build(architecture(ModelConfig(config=config), vocab_size=64, bos=0, eos=1, max_length=16))
     with pytest.raises(RunError, match="does not say in transformers how model.layers.0.mlp.act_fn.alpha_n starts"):
         initialize(model, 0, torch.device("cpu"))

@@ -32,7 +32,9 @@ def test_a_shape_has_the_size_that_it_says(size, tmp_path) -> None:
     path = FOLDER / f"llama-{size}.yaml"
     (tmp_path / "run.yaml").write_text(RUN.format(base=path))
     config = configuration.load(tmp_path / "run.yaml")
-    said = re.search(r"Llama of ([\d.]+)([MB]) parameters at a vocabulary of ([\d,]+): ([\d.]+)([MB])", path.read_text())
+    said = re.search(
+        r"Llama of ([\d.]+)([MB]) parameters at a vocabulary of ([\d,]+): ([\d.]+)([MB])", path.read_text()
+    )
     assert said is not None
     total, body = (float(said[i]) * {"M": 1e6, "B": 1e9}[said[i + 1]] for i in (1, 4))
     vocabulary = int(said[3].replace(",", ""))

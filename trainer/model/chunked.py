@@ -29,7 +29,10 @@ def install(model: Any, chunk: int) -> None:
     Raises:
         RunError: the architecture does not keep its decoder apart from its head.
     """
-    decoder = next((m for m in (model.get_decoder(), model.base_model, getattr(model, "model", None)) if m not in (None, model)), None)
+    decoder = next(
+        (m for m in (model.get_decoder(), model.base_model, getattr(model, "model", None)) if m not in (None, model)),
+        None,
+    )
     if not isinstance(decoder, nn.Module):
         raise _no_decoder(model)
     own = model.forward

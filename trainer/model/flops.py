@@ -65,7 +65,10 @@ def _products(model: Any) -> int | None:
 def _routed_share(config: Any) -> float | None:
     """The share of the experts that a token is routed to."""
     chosen = getattr(config, "num_experts_per_tok", None)
-    every = next((n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, key, None))), None)
+    every = next(
+        (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(config, key, None))),
+        None,
+    )
     return chosen / every if chosen and every else None
 
 

@@ -82,7 +82,9 @@ def _keys_of_class(path: Path, name: str) -> set[str] | None:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             if "ClassVar" not in ast.unparse(node.annotation):
                 keys.add(node.target.id)
-        elif isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "attribute_map" for t in node.targets):
+        elif isinstance(node, ast.Assign) and any(
+            isinstance(t, ast.Name) and t.id == "attribute_map" for t in node.targets
+        ):
             keys |= set(ast.literal_eval(node.value))
         elif isinstance(node, ast.FunctionDef) and node.name == "__init__":
             keys |= {a.arg for a in (*node.args.args, *node.args.kwonlyargs)} - {"self"}

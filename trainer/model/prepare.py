@@ -45,7 +45,9 @@ def check_compiler(device: torch.device) -> None:
         from torch.utils._triton import has_triton
 
         if not has_triton():
-            raise RunError("train.compile needs Triton, which is not there", where="train.compile", mend="pip install triton")
+            raise RunError(
+                "train.compile needs Triton, which is not there", where="train.compile", mend="pip install triton"
+            )
         return
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler

@@ -151,5 +151,7 @@ def _read(folder: Path, shape: Any) -> Any:
     return model
 
 
-def _refused(what: str, where: Path | str, mend: str = "give a Hugging Face folder, a run's folder or a checkpoint") -> RunError:
+def _refused(
+    what: str, where: Path | str, mend: str = "give a Hugging Face folder, a run's folder or a checkpoint"
+) -> RunError:
     return RunError(what, where=f"{WHERE}, {where}", mend=mend)
