@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/loop_overhead.py [--steps 20] [--rounds 5]
 
 Starts itself at 1 and 2 ranks. A bare step is forward, backward, optimizer and nothing else: no verdict, no clipping,
-no history, no schedule. Prints medians with minimum and maximum, and the ratio of each pair of neighbours.
+no history, no schedule. "measured" is our step with the figures of all parameter groups, which a run takes every
+`metrics.groups_every` steps. Prints medians with minimum and maximum, and the ratios of neighbours.
 """
 
 from __future__ import annotations
@@ -56,13 +57,15 @@ def measure(folder: Path, steps: int, rounds: int) -> None:
     run.progress.shown = False
     expected = run.derived.sequences_per_step * config.data.sequence_length
 
-    def ours() -> None:
+    def ours(every: int | None = None) -> None:
+        run.groups.every = every
         began = time.monotonic()
         count = run.derived.sequences_per_step
         rate = loop.set_learning_rate(run)
         verdict = loop.forward_backward(run, count)
-        loop.clip_gradients(run, verdict)
-        run.optimizer.step()
+        with run.groups.measure(run.step, verdict.ratio):
+            loop.clip_gradients(run, verdict)
+            run.optimizer.step()
         for parameter in run.parameters:
             parameter.grad = None
         start, run.step, run.position = run.position, run.step + 1, run.position + count
@@ -72,29 +75,31 @@ def measure(folder: Path, steps: int, rounds: int) -> None:
 
     def bare() -> None:
         for inputs, targets in fixed:
-            (summed_loss(run.model, inputs, targets) / expected).backward()
+            (summed_loss(run.strategy.forward, inputs, targets) / expected).backward()
         run.optimizer.step()
         for parameter in run.parameters:
             parameter.grad = None
 
-    times: dict[str, list[float]] = {"ours": [], "bare": []}
-    ours(), bare()  # warm up
+    variants = (("measured", lambda: ours(1)), ("ours", ours), ("bare", bare))
+    times: dict[str, list[float]] = {name: [] for name, _ in variants}
+    ours(1), ours(), bare()  # warm up
     for _ in range(rounds):
-        for name, step in (("ours", ours), ("bare", bare)):
+        for name, step in variants:
             began = time.perf_counter()
             for _ in range(steps):
                 step()
             times[name].append((time.perf_counter() - began) / steps)
     if distributed.rank() == 0:
-        ratios = [a / b for a, b in zip(times["ours"], times["bare"], strict=True)]
         print("| ranks | step | median s | min | max |\n|---|---|---|---|---|")
         for name, values in times.items():
             print(
                 f"| {distributed.world()} | {name} | {statistics.median(values):.4f} | {min(values):.4f} | {max(values):.4f} |"
             )
-        print(
-            f"| {distributed.world()} | ours / bare | {statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} |"
-        )
+        for above, below in (("ours", "bare"), ("measured", "ours")):
+            ratios = [a / b for a, b in zip(times[above], times[below], strict=True)]
+            print(
+                f"| {distributed.world()} | {above} / {below} | {statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} |"
+            )
     distributed.stop()
 
 

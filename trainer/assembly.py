@@ -1,4 +1,4 @@
-"""Model, strategy and optimizer of a run: made from the configuration, fitted into memory, started from weights."""
+"""The model of a run: its shape, its blocks, its spread over the ranks, and the micro-batch that fits beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from trainer import distributed, runfolder
 from trainer.checkpoint import manifest as manifests
 from trainer.config import RunConfig
 from trainer.derive import Derived, derive
-from trainer.files import read_json, write_json
 from trainer.metrics.progress import Progress
 from trainer.model import pretrained
 from trainer.model.build import architecture, build
@@ -22,17 +21,21 @@ from trainer.model.flops import flops_per_token
 from trainer.model.init import allocate
 from trainer.model.microbatch import largest_that_fits, micro_steps, rehearse
 from trainer.model.prepare import prepare
-from trainer.optim import build_optimizer
 
 
 @dataclass
 class Made:
-    """A model spread by its strategy, with storage but without values, and its optimizer."""
+    """A model spread by its strategy, with storage but without values; with an optimizer if one had to be tried."""
 
     model: Any
-    strategy: Any
-    optimizer: Any
     flops_per_token: int | None
+    optimizer: Any = None
+
+
+def open_strategy(config: RunConfig, device: torch.device, world: int) -> Any:
+    """The strategy of the run, which refuses what it cannot do on these ranks before any data is prepared."""
+    module = import_module(f"trainer.parallel.{config.parallel.name}")
+    return module.Strategy(config.parallel, config.train.precision, device, world)
 
 
 def starting_point(config: RunConfig, folder: Path) -> tuple[pretrained.Source | None, dict[str, Any] | None]:
@@ -51,32 +54,30 @@ def starting_point(config: RunConfig, folder: Path) -> tuple[pretrained.Source |
     return distributed.on_rank_zero(look)
 
 
-def shape_of(config: RunConfig, facts: dict[str, Any], below: dict[str, Any] | None) -> Any:
+def shape_of(config: RunConfig, tokenizer: dict[str, Any], below: dict[str, Any] | None) -> Any:
     """The `transformers` configuration of the run's model."""
     return architecture(
         config.model,
-        vocab_size=facts["vocab_size"],
-        bos=facts["bos"],
-        eos=facts["eos"],
+        vocab_size=tokenizer["vocab_size"],
+        bos=tokenizer["bos"],
+        eos=tokenizer["eos"],
         max_length=config.data.sequence_length,
         below=below,
     )
 
 
-def make(config: RunConfig, shape: Any, device: torch.device, world: int) -> Made:
-    """Build the model, prepare its blocks, spread it, give it storage, and make its optimizer."""
-    strategy = import_module(f"trainer.parallel.{config.parallel.name}")
+def make(config: RunConfig, shape: Any, strategy: Any) -> Made:
+    """Build the model, prepare its blocks, spread it, and give it storage."""
     model: Any = build(shape)
     flops = flops_per_token(model, config.data.sequence_length)
-    blocks = prepare(model, config.train, device)
-    model = strategy.shard(model, blocks, config.parallel, config.train.precision, device, world)
+    strategy.shard(model, prepare(model, config.train, strategy.device))
     model.train()
-    allocate(model, device)
-    return Made(model, strategy, build_optimizer(model, config.optim), flops)
+    allocate(model, strategy.initial_device)
+    return Made(model, flops)
 
 
 def fitting(
-    config: RunConfig, shape: Any, derived: Derived, table: Any, device: torch.device, folder: Path, progress: Progress
+    config: RunConfig, shape: Any, derived: Derived, stream: Any, strategy: Any, folder: Path, progress: Progress
 ) -> tuple[Made, Derived]:
     """The model, and the portions of a step: those of the configuration, or under `auto` the largest that fit."""
     world, made = distributed.world(), None
@@ -84,13 +85,16 @@ def fitting(
     def attempt(rows: int) -> list[int]:
         nonlocal made
         made = None  # the one that ran out of memory must be gone before the next is made
-        made = distributed.together(lambda: make(config, shape, device, world))
+        strategy.forward = None
+        made = distributed.together(lambda: make(config, shape, strategy))
         with torch.no_grad():
             for tensor in (*made.model.parameters(), *made.model.buffers()):
                 tensor.zero_()
-        count = min(2, derive(config, world, table.train.sequences, rows).micro_steps)
         current = made
-        out = rehearse(made.model, lambda: micro_steps(current.model, current.strategy, config, rows, device, count))
+        current.optimizer = distributed.together(lambda: strategy.optimizer(current.model, config.optim))
+        strategy.connect(current.model, current.optimizer)
+        count = min(2, derive(config, world, stream, rows).micro_steps)
+        out = rehearse(strategy, current.model, lambda: micro_steps(current.model, strategy, config, rows, count))
         made = None if out else made
         return out
 
@@ -100,18 +104,7 @@ def fitting(
             runfolder.record_event(folder, "micro batch", message=text)
 
     if config.train.micro_batch_size != "auto":
-        return distributed.together(lambda: make(config, shape, device, world)), derived
+        return distributed.together(lambda: make(config, shape, strategy)), derived
     rows = largest_that_fits(derived.rows, attempt, say)
     assert made is not None
-    return made, derive(config, world, table.train.sequences, rows)
-
-
-def start_from(model: Any, source: pretrained.Source, folder: Path, progress: Progress) -> None:
-    """Load the weights that the run starts from, and record where they came from."""
-    count = pretrained.load_weights(model, source)
-    progress.say(f"started from {source.folder}: {count} tensors")
-    if distributed.rank() == 0:
-        lineage = source.lineage()
-        runfolder.record_event(folder, "initialized", **lineage)
-        record = read_json(folder / "run.json")
-        write_json(folder / "run.json", {**record, "lineage": {**record["lineage"], **lineage}})
+    return made, derive(config, world, stream, rows)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from trainer.config import RunConfig
 from trainer.outcome import RunError
 from trainer.units import split_interval, split_length
+
+
+class Epochs(Protocol):
+    """What a stream of data knows about passes over its sources."""
+
+    def after_epochs(self, number: float, name: str | None = None) -> int: ...
+
+    def first_exhausted(self, max_epochs: int) -> tuple[int, str]: ...
 
 
 @dataclass(frozen=True)
@@ -24,13 +33,11 @@ class Derived:
     """Sequences of the whole run; the position in the data runs from 0 to this."""
     steps: int
     """Optimizer steps of the whole run; the last may be shorter."""
-    epochs: float
-    """Passes over the training data."""
     available: int
     """Sequences that `data.max_epochs` allows; the run ends with `out of data` there."""
 
 
-def derive(config: RunConfig, world: int, sequences_in_epoch: int, rows: int | None = None) -> Derived:
+def derive(config: RunConfig, world: int, data: Epochs, rows: int | None = None) -> Derived:
     """Work out steps and micro-steps.
 
     Args:
@@ -53,7 +60,7 @@ def derive(config: RunConfig, world: int, sequences_in_epoch: int, rows: int | N
     elif unit == "tokens":
         sequences = math.ceil(number / length)
     else:
-        sequences = round(number * sequences_in_epoch)
+        sequences = data.after_epochs(number, unit.removeprefix("epochs").removeprefix(" of ") or None)
     if sequences < 1:
         raise RunError(
             f"train.length = {train.length} is less than one sequence", where="train.length", mend="raise it"
@@ -68,8 +75,7 @@ def derive(config: RunConfig, world: int, sequences_in_epoch: int, rows: int | N
         rows=math.ceil(per_step / (world * micro_steps)),
         sequences=sequences,
         steps=math.ceil(sequences / per_step),
-        epochs=sequences / sequences_in_epoch,
-        available=sequences if limit is None else min(sequences, limit * sequences_in_epoch),
+        available=sequences if limit is None else min(sequences, data.first_exhausted(limit)[0]),
     )
 
 

@@ -45,10 +45,16 @@ def _section(prefix: str, node: Any, schema: Any, lines: list[str]) -> None:
                 f"| `{path}.name` | | {value.get('description', '')} One of {', '.join(f'`{m}`' for m in mapping)}. |"
             )
             inner += [(f"{path} (name: {name})", _resolve({"$ref": ref}, schema)) for name, ref in mapping.items()]
+        elif "patternProperties" in value:
+            lines.append(f"| `{path}` | none | {_one_line(value.get('description', ''))} |")
+            inner.append((f"{path}.NAME", _resolve(next(iter(value["patternProperties"].values())), schema)))
         elif "$ref" in value:
             inner.append((path, _resolve(value, schema)))
         else:
-            default = f"`{json.dumps(value['default'])}`" if "default" in value else "required"
+            empty = "required" if key in node.get("required", ()) else "`[]`" if "items" in value else "`{}`"
+            default = f"`{json.dumps(value['default'])}`" if "default" in value else empty
+            mapping = value.get("items", {}).get("discriminator", {}).get("mapping", {})
+            inner += [(f"{path} (name: {name})", _resolve({"$ref": ref}, schema)) for name, ref in mapping.items()]
             lines.append(f"| `{path}` | {default} | {_one_line(value.get('description', ''))} |")
     for name, child in inner:
         _section(name, child, schema, lines)

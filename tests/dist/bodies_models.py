@@ -54,7 +54,8 @@ def groups_of(path: str, name: str) -> dict[str, list[str]]:
     from trainer.optim import build_optimizer
 
     shape = architecture(config.model, vocab_size=301, bos=0, eos=1, max_length=16)
-    made = assembly.make(config, shape, torch.device("cpu"), dist.get_world_size())
+    strategy = assembly.open_strategy(config, torch.device("cpu"), dist.get_world_size())
+    made = assembly.make(config, shape, strategy)
     optimizer = build_optimizer(made.model, config.optim)
     names = {parameter: key for key, parameter in made.model.named_parameters()}
     found: dict[str, list[str]] = {}

@@ -11,7 +11,7 @@ from tests.dist import bodies_models as bodies
 from tests.dist.test_run import CONFIG
 from tests.models import ARCHITECTURES
 from trainer.checkpoint.export import export
-from trainer.checkpoint.manifest import generations
+from trainer.checkpoint.manifest import generations, pick, verify
 
 ROOT = Path(__file__).parents[2]
 STEPS = "--train.length=4 steps"
@@ -53,7 +53,7 @@ def test_it_trains_and_its_export_gives_the_same_logits(name, trained, place) ->
     assert result["loss"][-1] < result["loss"][0]
     run = place / "runs" / slug(name)
     target = run / "export" / "last"
-    assert export(run, generations(run / "checkpoints")[0], target) == 0.0
+    assert export(run, *pick(run), target) == 0.0
     assert bodies.logits_of(str(target)).isfinite().all()
 
 
@@ -132,7 +132,7 @@ def exported(trained, place) -> dict[str, Path]:
     trained("llama, tied")
     run = place / "runs/llama-tied"
     target = run / "export" / "source"
-    export(run, generations(run / "checkpoints")[0], target)
+    export(run, *pick(run), target)
     return {"export": target, "run": run, "checkpoint": generations(run / "checkpoints")[0]}
 
 
@@ -158,14 +158,14 @@ def test_exports_of_other_architectures_come_back_to_the_bit(name, trained, grou
     result = trained(name)
     run = place / "runs" / slug(name)
     target = run / "export" / "again"
-    export(run, generations(run / "checkpoints")[0], target)
+    export(run, *pick(run), target)
     answer = started(group, place, 2, f"again-{slug(name)}", target)
     assert answer["tensors"] == {k: v for k, v in result["tensors"].items() if k.startswith("model.")}
 
 
 def test_a_resume_goes_on_from_its_own_checkpoint_when_the_source_is_gone(exported, group, place, tmp_path) -> None:
     source = tmp_path / "source"
-    export(exported["run"], exported["checkpoint"], source)
+    export(exported["run"], exported["checkpoint"], verify(exported["checkpoint"]), source)
     overrides = ["--name=gone", "--model.config={}", f"--model.init_from={source}", f"--data.tokenizer.path={source}", STEPS]
     from tests.dist import bodies_run
 
@@ -176,7 +176,7 @@ def test_a_resume_goes_on_from_its_own_checkpoint_when_the_source_is_gone(export
     second = group(2, bodies_run.train, path, overrides)[0]
     assert (second["started"], second["outcome"]) == (2, "finished")
     run = place / "runs/gone"
-    assert export(run, generations(run / "checkpoints")[0], run / "export" / "last") == 0.0
+    assert export(run, *pick(run), run / "export" / "last") == 0.0
 
 
 def test_what_does_not_fit_the_weights_is_refused(exported, trained, group, place, tmp_path) -> None:

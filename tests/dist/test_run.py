@@ -34,6 +34,7 @@ optim:
 parallel: {{name: fsdp2}}
 checkpoint: {{every: 13 steps, keep: 2}}
 evaluate: {{every: 7 steps}}
+metrics: {{groups_every: 5 steps}}
 resources: {{device: cpu}}
 """
 
@@ -118,6 +119,49 @@ def test_world_size_2_1_3_keeps_data_and_losses(group, place, calm) -> None:
     assert len(losses) == 20
     for mine, reference in zip(losses, calm["loss"], strict=False):
         assert mine == pytest.approx(reference, rel=1e-5)
+    groups = [r["groups"] for r in attempts[-1]["history"] if "groups" in r]
+    assert len(groups) == 4
+    for mine, reference in zip(groups, (r["groups"] for r in calm["history"] if "groups" in r), strict=False):
+        for name, figures in mine.items():
+            for key in ("gradient_norm", "update_rms", "weight_rms"):
+                assert figures[key] == pytest.approx(reference[name][key], rel=1e-3), (name, key)
+
+
+def test_squares_of_the_groups_gradient_norms_add_up_to_that_of_the_whole(calm) -> None:
+    """Before clipping, which is at work here: norms above and below train.clip_norm = 1."""
+    measured = [r for r in calm["history"] if "groups" in r]
+    assert [r["step"] for r in measured] == [5, 10, 15, 20, 25, 30, 35, 40]
+    for record in measured:
+        assert list(record["groups"]) == ["matrices", "embeddings", "vectors"]
+        total = sum(figures["gradient_norm"] ** 2 for figures in record["groups"].values())
+        assert total == pytest.approx(record["gradient_norm"] ** 2, rel=1e-6)
+        assert record["groups"]["matrices"]["learning_rate"] == pytest.approx(0.01 * record["learning_rate_factor"])
+    assert max(r["gradient_norm"] for r in measured) > 1
+
+
+def test_a_sink_and_a_trace_of_a_whole_run(group, place) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    overrides = ("--metrics.sinks=[{name: tensorboard}]", "--metrics.profile=[3, 2]", "--train.length=12 steps")
+    history = resumed(group, place, "sink", [(2, 6), (2, None)], *overrides)[-1]["history"]
+    folder = place / "runs/sink"
+    events = EventAccumulator(str(folder / "sinks/tensorboard")).Reload()
+    for key in ("loss", "bits_per_byte", "validation_loss", "gradient_norm"):
+        assert [(e.step, pytest.approx(e.value)) for e in events.Scalars(key)] == [
+            (r["step"], r[key]) for r in history if key in r
+        ]
+    assert [e.step for e in events.Scalars("groups/embeddings/update_rms")] == [5, 10]
+    assert sorted(p.name for p in (folder / "profile/1").iterdir()) == ["rank-0.json.gz", "rank-1.json.gz"]
+    assert not (folder / "profile/2").exists()
+
+
+def test_sinks_and_traces_that_cannot_be_are_refused_before_the_data(group, place) -> None:
+    for override, words in (
+        ("--metrics.sinks=[{name: wandb}, {name: wandb}]", "the sink wandb is given twice"),
+        ("--metrics.memory_snapshot=[1, 2]", "records CUDA's allocator"),
+    ):
+        for result in group(2, bodies_run.train, str(place / "run.yaml"), ["--name=cannot", "--data.path=/none", override]):
+            assert words in result["error"]
 
 
 def test_end_of_data_saves_and_says_so(group, place) -> None:
@@ -125,7 +169,7 @@ def test_end_of_data_saves_and_says_so(group, place) -> None:
     assert end["outcome"] == "out of data"
     assert "data.max_epochs = 1" in end["message"]
     manifest = json.loads(next((place / "runs/end/checkpoints").glob(f"step-{end['step']:08d}/manifest.json")).read_text())
-    assert manifest["manifest"]["position"] == end["position"] == manifest["manifest"]["state"]["data"]["sequences"]
+    assert manifest["manifest"]["position"] == end["position"] == manifest["manifest"]["state"]["data"]["sources"]["data"]["sequences"]
 
 
 def test_a_nan_on_one_rank_is_applied_by_none_and_the_window_recorded(group, place, calm) -> None:

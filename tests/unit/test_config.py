@@ -90,12 +90,19 @@ def test_a_typo_on_the_command_line_names_the_nearest(tmp_path: Path, key: str) 
         ("--seed=a", "integer"),
         ("--seed=1.5", "integer"),
         ("--train.time_limit=11", "is no duration"),
-        ("--data.path=null", "needs data.path or data.table"),
+        ("--data.path=null", "needs one of data.path and data.table"),
         ("--evaluate.every=5 min", "in steps"),
         ("--name=../x", "pattern"),
         ("--optim.lr=-1", "greater than or equal to 0"),
         ("--model.config={}", "model_type is missing"),
         ("seed=3", "is not understood"),
+        ("--metrics.sinks=[{name: wandbb}]", "did you mean wandb?"),
+        ("--metrics.sinks=[{name: wandb, projct: p}]", "unknown key metrics.sinks.0.projct"),
+        ("--metrics.sinks=[{name: wandb, projct: p}]", "did you mean project?"),
+        ("--metrics.profile=[0, 3]", "greater than 0"),
+        ("--metrics.groups_every=5 min", "in steps"),
+        ("--metrics.sinks=[{name: mlflow, uri: 'https://me:hunter22@host'}]", "metrics.sinks holds credentials"),
+        ("--data.path=https://me:hunter22@host/corpus", "data.path holds credentials"),
     ],
 )
 def test_bad_values_are_refused_with_a_mend(tmp_path: Path, override: str, words: str) -> None:
@@ -104,6 +111,7 @@ def test_bad_values_are_refused_with_a_mend(tmp_path: Path, override: str, words
     assert words in str(error.value)
     assert error.value.mend
     assert error.value.outcome is Outcome.BAD_CONFIGURATION
+    assert "hunter22" not in str(error.value)
 
 
 def test_a_duplicate_key_and_broken_yaml_name_their_line(tmp_path: Path) -> None:

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.files import write_text
+from trainer.metrics.follow import HURRY, PATIENCE, Follower
+
+# How the names of what depends on the clock end; all else of a record repeats bit for bit.
+TIMINGS = ("seconds", "per_second", "mfu")
 
 
 class History:
-    """Appends records; `None` as path (ranks other than 0) writes nothing."""
+    """Appends records, and hands them to the followers; `None` as path (ranks other than 0) writes nothing."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, followers: Sequence[Follower] = ()) -> None:
+        self.path, self.followers = path, followers
         self._file = open(path, "a", encoding="utf-8", buffering=1) if path else None
 
     def write(self, **record: Any) -> None:
         """Append one record."""
         if self._file:
             self._file.write(json.dumps(record) + "\n")
+            for follower in self.followers:
+                follower.put(record)
 
-    def close(self) -> None:
+    def close(self, *, hurry: bool = False) -> None:
+        """Close the file, and give the followers some time to send the rest, less in a hurry."""
         if self._file:
             self._file.close()
+            deadline = time.monotonic() + (HURRY if hurry else PATIENCE)
+            for follower in self.followers:
+                follower.close(deadline)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -36,6 +48,11 @@ def read(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return records
+
+
+def lasting(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without its timings: what an equal run repeats."""
+    return {key: value for key, value in record.items() if not key.endswith(TIMINGS)}
 
 
 def cut(path: Path, step: int) -> None:

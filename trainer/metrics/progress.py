@@ -34,6 +34,13 @@ class Progress:
             self._clear()
             self.console.print(text, markup=False)
 
+    def stage(self, text: str) -> None:
+        """What goes on now, on a terminal only; the next line replaces it, and an empty text removes it."""
+        if self.live:
+            self._clear()
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
     def step(self, step: int, loss: float, bits_per_byte: float, tokens_per_second: float, mfu: float | None) -> None:
         """The line of a step (counted from 1); `mfu` is None where it is unknown."""
         if not self.shown:

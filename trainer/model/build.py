@@ -133,8 +133,8 @@ def _outermost(module: nn.Module, wanted: Any) -> list[nn.Module]:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """Parameters, tied ones once; those that ZeRO has taken apart, by the size they had."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def model_tensors(model: Any) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ def check_model(model: Any, strategy: Any, precision: str, device: torch.device)
     other = tokens.clone()
     other[0, -1] = (tokens[0, -1] + 1).remainder(core.config.vocab_size)
     # Compiling for these shapes would cost more than all of this.
-    with torch.compiler.set_stance("force_eager"), strategy.forward_context(precision, device):
+    with torch.compiler.set_stance("force_eager"), strategy.context():
         own, changed = (model(input_ids=ids, use_cache=False).logits.float() for ids in (tokens, other))
         chunk = getattr(core, "loss_chunk", None)
         if chunk is not None:

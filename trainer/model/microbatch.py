@@ -56,23 +56,13 @@ class _Collective:
         return self.run(output_tensor, input_tensor, *rest, group=group, **options)
 
 
-def rehearse(model: Any, run_micro_steps: Callable[[], None]) -> list[int]:
-    """Run forwards and backwards; returns the ranks that ran out of memory. If there are any, the model is spoilt.
-
-    Raises:
-        RunError: the model is spread by a strategy whose collectives cannot be watched.
-    """
+def rehearse(strategy: Any, model: Any, run_micro_steps: Callable[[], None]) -> list[int]:
+    """Run forwards and backwards; returns the ranks that ran out of memory. If there are any, the model is spoilt."""
     watch = Watch()
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.set_custom_all_gather(_Collective(watch, dist.all_gather_into_tensor))  # type: ignore[arg-type]
         module.set_custom_reduce_scatter(_Collective(watch, dist.reduce_scatter_tensor))  # type: ignore[arg-type]
-    if not sharded and distributed.world() > 1 and not isinstance(model, DistributedDataParallel):
-        raise RunError(
-            "train.micro_batch_size: auto works with fsdp2, ddp and single",
-            where="train.micro_batch_size",
-            mend="give a number of sequences",
-        )
     out = False
     try:
         run_micro_steps()
@@ -86,22 +76,24 @@ def rehearse(model: Any, run_micro_steps: Callable[[], None]) -> list[int]:
     if out:
         watch.ask(out=True)
     watch.on = False
+    strategy.use_own_collectives(model)
     answers: list[bool] = [False] * distributed.world()
     dist.all_gather_object(answers, out)
     return [rank for rank, answer in enumerate(answers) if answer]
 
 
-def micro_steps(model: Any, strategy: Any, config: Any, rows: int, device: torch.device, count: int) -> None:
+def micro_steps(model: Any, strategy: Any, config: Any, rows: int, count: int) -> None:
     """`count` forwards and backwards of `rows` sequences, as training does them; their gradients are dropped."""
-    tokens = torch.zeros(rows, config.data.sequence_length, dtype=torch.long, device=device)
-    watched = not isinstance(model, DistributedDataParallel)  # DDP's reductions are left out: they need no memory
+    tokens = torch.zeros(rows, config.data.sequence_length, dtype=torch.long, device=strategy.device)
+    watched = not isinstance(
+        strategy.forward, DistributedDataParallel
+    )  # DDP's reductions are left out: they need no memory
     for index in range(count):
-        strategy.synchronize_gradients(model, config.parallel, last=watched and index == count - 1)
-        with strategy.forward_context(config.train.precision, device):
-            _, objective = losses(model, tokens, tokens)
-        objective.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
+        strategy.synchronize(last=watched and index == count - 1)
+        with strategy.context():
+            _, objective = losses(strategy.forward, tokens, tokens)
+        strategy.backward(objective)
+    strategy.clear(list(model.parameters()))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

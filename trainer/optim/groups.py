@@ -14,8 +14,13 @@ from trainer.optim.sharded import ShardedOptimizer, orthogonalizes, rule_of
 from trainer.outcome import RunError
 
 
-def build_optimizer(model: nn.Module, options: Any, *, spread_replicas: bool = False) -> ShardedOptimizer:
-    """One optimizer over all parameters of `model`.
+def build_optimizer(model: nn.Module, options: Any, **engine: Any) -> ShardedOptimizer:
+    """One optimizer over all parameters of `model`; `engine` goes to `ShardedOptimizer`. See `parameter_groups`."""
+    return ShardedOptimizer(parameter_groups(model, options), **engine)
+
+
+def parameter_groups(model: nn.Module, options: Any) -> list[dict[str, Any]]:
+    """Groups over all parameters of `model`, as `ShardedOptimizer` takes them.
 
     Hidden matrices get the rule of `options`; embeddings, head, routers, norms, biases and scalars get AdamW. Weight
     decay acts on matrices outside the embeddings only. Weights that are stored as (inputs, outputs) are seen
@@ -48,7 +53,7 @@ def build_optimizer(model: nn.Module, options: Any, *, spread_replicas: bool = F
             groups.setdefault(key, entry)["params"].append((name, parameter))
     split.check()
     multipliers.check()
-    return ShardedOptimizer(groups.values(), spread_replicas=spread_replicas)
+    return list(groups.values())
 
 
 class Patterns:

@@ -17,8 +17,8 @@ def state_dtype(parameter: Any) -> Any:
 
 
 def zeros_like(parameter: Any) -> Any:
-    """Zeros in the parameter's layout; contiguous, also for a transposed one: a checkpoint holds nothing else."""
-    return torch.zeros_like(parameter, dtype=state_dtype(parameter), memory_format=torch.contiguous_format)
+    """Zeros in the parameter's layout."""
+    return torch.zeros_like(parameter, dtype=state_dtype(parameter))
 
 
 def zero_statistics(parameter: Any, kind: str, blocks: int = 1) -> Any:

