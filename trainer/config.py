@@ -103,7 +103,7 @@ class EvaluateConfig:
     every: Interval = "500 steps"
     """Interval between validations, in steps; the end of a run always validates."""
     sequences: Positive | None = None
-    """First so many validation sequences; none takes all."""
+    """First so many validation sequences of each source; none takes all."""
 
 
 @dataclass(frozen=True, kw_only=True)
