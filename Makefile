@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # The first quickstart is called `quickstart`; later ones carry the time, because a run is never written over.
 NAME   ?= $(shell test -e runs/quickstart && date +quickstart-%Y%m%d-%H%M%S || echo quickstart)
 
-.PHONY: help install quickstart test lint bench schema clean
+.PHONY: help install quickstart test lint bench tables schema clean
 
 help:        ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -33,6 +33,9 @@ lint: install        ## style and types
 bench: install       ## side-by-side measurements
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/optimizer_step.py
+
+tables: install      ## write the tables of docs/optimizers.md, in some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/optimizer_tables.py
 
 schema: install      ## write configs/schema.json and docs/config.md from the code
 	$(BIN)/python -m trainer.reference

@@ -75,7 +75,7 @@ def measure(folder: Path, steps: int, rounds: int) -> None:
 
     def bare() -> None:
         for inputs, targets in fixed:
-            (summed_loss(run.model, inputs, targets) / expected).backward()
+            (summed_loss(run.strategy.forward, inputs, targets) / expected).backward()
         run.optimizer.step()
         for parameter in run.parameters:
             parameter.grad = None

@@ -1,6 +1,6 @@
-"""`python -m trainer TASK ...`: what a rank, or a helper process with torch, runs.
+"""`python -m trainer TASK TARGET ...`: what a rank, or a helper process with torch, runs. People use `orthogon` instead.
 
-Tasks: train FOLDER_OR_YAML, prepare YAML, verify-table TABLE, export RUN, generate RUN, finish RUN. People use `orthogon` instead.
+TARGET is a run folder; for `train` and `prepare` a YAML file, for `verify-table` a table's folder.
 """
 
 from __future__ import annotations
@@ -11,43 +11,53 @@ import sys
 import traceback
 from pathlib import Path
 
+from trainer import tasks
 from trainer.guard.signals import Flag
 from trainer.outcome import Outcome, RunError, write_outcome
+from trainer.tasks import TASKS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__, allow_abbrev=False)
-    tasks = parser.add_subparsers(dest="task", required=True)
-    train = tasks.add_parser("train", help="one rank of a run")
+    parsers = parser.add_subparsers(dest="task", required=True)
+    train = parsers.add_parser("train", help="one rank of a run")
     train.add_argument("target", type=Path)
     train.add_argument("--attempt", type=int, default=None)
-    prepare = tasks.add_parser("prepare", help="make the token table")
-    prepare.add_argument("target", type=Path)
-    verify = tasks.add_parser("verify-table", help="check a token table")
-    verify.add_argument("target", type=Path)
-    export = tasks.add_parser("export", help="to the Hugging Face format")
-    export.add_argument("target", type=Path)
-    export.add_argument("--step", type=int, default=None)
-    export.add_argument("--to", type=Path, default=None)
-    generate = tasks.add_parser("generate", help="continue prompts")
-    generate.add_argument("target", type=Path)
-    generate.add_argument("--prompt", action="append", required=True)
-    generate.add_argument("--tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.8)
-    generate.add_argument("--top-p", type=float, default=0.95)
-    generate.add_argument("--seed", type=int, default=0)
-    finish = tasks.add_parser("finish", help="verify, export, figure, sample")
-    finish.add_argument("target", type=Path)
+    for name, task in TASKS.items():
+        one = parsers.add_parser(name, help=task.help, allow_abbrev=False)
+        one.add_argument("target", type=Path)
+        task.options(one)
     arguments, overrides = parser.parse_known_args()
-    if overrides and arguments.task not in ("train", "prepare"):
+    if overrides and arguments.task != "train" and not TASKS[arguments.task].overrides:
         parser.error(f"not understood: {' '.join(overrides)}")
     if arguments.task == "train":
         return train_rank(arguments.target, arguments.attempt, overrides)
+    return do_task(arguments, overrides)
+
+
+def do_task(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """A task other than training. One that answers by file (`--answer`) leaves the reason of its failure there, too."""
+    answer: Path | None = getattr(arguments, "answer", None)
     try:
-        return _helper(arguments, overrides)
+        tasks.run(arguments.task, arguments, overrides)
+        return 0
+    except KeyboardInterrupt:
+        print("stopped" + ("; finished parts are kept, start again to go on" if arguments.task == "prepare" else ""))
+        return 130
+    except BrokenPipeError:  # the reader of the output has seen enough
+        sys.stderr.close()
+        return 0
     except RunError as error:
+        outcome, message = error.outcome, str(error)
         print(error, file=sys.stderr)
-        return error.outcome.code
+    except Exception as error:
+        if answer is None:
+            raise
+        traceback.print_exc()
+        outcome, message = Outcome.BUG, f"{type(error).__name__}: {error}"
+    if answer is not None and not (answer / "outcome.json").exists():
+        write_outcome(answer, outcome, message)
+    return outcome.code
 
 
 def train_rank(target: Path, attempt: int | None, overrides: list[str]) -> int:
@@ -122,55 +132,6 @@ def _log_to(path: Path, *, keep_stdout: bool) -> None:
     if not keep_stdout:
         os.dup2(log, 1)
     os.close(log)
-
-
-def _helper(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from trainer import config as configuration
-
-    target: Path = arguments.target
-    if arguments.task == "prepare":
-        from trainer import data
-
-        config = configuration.load(target, overrides)
-        print(f"token table: {data.prepare(config.data, print)}")
-        return 0
-    if arguments.task == "verify-table":
-        from trainer import data
-
-        data.verify(target)
-        print(f"{target}: good")
-        return 0
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    from trainer.checkpoint import export as exports
-    from trainer.checkpoint import manifest as manifests
-
-    if arguments.task == "export":
-        folder = target / "checkpoints" / manifests.name(arguments.step) if arguments.step is not None else None
-        if folder is None or not folder.exists():
-            known = manifests.generations(target / "checkpoints")
-            if folder is not None or not known:
-                names = ", ".join(p.name for p in known) or "none"
-                raise RunError("there is no such checkpoint", where=str(target), mend=f"checkpoints: {names}")
-            folder = known[0]
-        goal = arguments.to or target / "export" / folder.name
-        difference = exports.export(target, folder, goal)
-        print(f"exported {folder.name} to {goal}; largest difference of logits: {difference:g}")
-    elif arguments.task == "generate":
-        from trainer.evaluate.generate import generate
-
-        folder, _ = exports.newest_export(target)
-        for text in generate(
-            folder, arguments.prompt, tokens=arguments.tokens, temperature=arguments.temperature,
-            top_p=arguments.top_p, seed=arguments.seed,
-        ):  # fmt: skip
-            print(text)
-    else:
-        from trainer.finish import finish
-
-        finish(target)
-    return 0
 
 
 if __name__ == "__main__":

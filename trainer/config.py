@@ -16,7 +16,12 @@ import pydantic
 from pydantic import Discriminator, Field, TypeAdapter
 
 from trainer import registry
+from trainer.config_data import DataConfig as DataConfig
+from trainer.config_data import SourceConfig as SourceConfig
+from trainer.config_data import TokenizerConfig as TokenizerConfig
+from trainer.config_data import check_data
 from trainer.metrics.options import MetricsConfig
+from trainer.model import library
 from trainer.outcome import RunError
 from trainer.registry import STRICT
 from trainer.units import Count, Interval, Length, Seconds, split_interval
@@ -38,52 +43,16 @@ Positive = Annotated[Count, Field(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """Which tokenizer turns text into tokens."""
-
-    __pydantic_config__ = STRICT
-    path: str | None = None
-    """Folder of any `transformers` tokenizer; none trains a byte-level BPE on the training documents."""
-    vocab_size: Annotated[Count, Field(ge=258)] = 32768
-    """Size of the vocabulary of the trained BPE; of no effect on a given tokenizer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Text, and how it becomes sequences of tokens."""
-
-    __pydantic_config__ = STRICT
-    path: str | list[str] | None = None
-    """File, folder or glob (or a list) of text and JSONL; `stdlib` is the embedded corpus: Python's own library source."""
-    table: str | None = None
-    """A prepared token table, used as it is instead of `path`."""
-    folder: str = "prepared"
-    """Where token tables are made and found again."""
-    documents: Literal["file", "paragraph", "line"] = "file"
-    """What a document is in a text file: the file, a paragraph (between blank lines) or a line."""
-    text_key: str = "text"
-    """The key of the text in a JSONL line."""
-    validation_path: str | list[str] | None = None
-    """Validation text; none holds back `validation_fraction` of the documents."""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Share of the documents that is held back for validation, chosen by a hash of the text."""
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    """The tokenizer."""
-    sequence_length: Annotated[Count, Field(ge=2)] = 1024
-    """Tokens that a sequence predicts."""
-    order_seed: int = 0
-    """Seed of the order of the sequences, apart from the seed of the weights."""
-    max_epochs: Annotated[int, Field(gt=0)] | None = None
-    """Most passes over the data; a run that needs more ends with the outcome `out of data`. None: as many as it needs."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture."""
 
     __pydantic_config__ = STRICT
-    config: dict[str, Any]
-    """A `transformers` configuration: `model_type` and its own keys. The vocabulary comes from the tokenizer."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """A `transformers` configuration: `model_type` and its own keys. The vocabulary comes from the tokenizer. With
+    `init_from` it may be left out, or change single keys."""
+    init_from: str | None = None
+    """Weights to start from: a folder in the Hugging Face format, a run's folder, or one of its checkpoints. The run's
+    tokenizer must be that of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +79,16 @@ class TrainConfig:
     """How long to train: `600 steps`, `1B tokens` or `3 epochs`."""
     tokens_per_step: Positive
     """Tokens of one optimizer step over all ranks; accumulation follows from it."""
-    micro_batch_size: Annotated[int, Field(gt=0)] = 8
-    """Most sequences that a rank takes through the model at once."""
+    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 8
+    """Most sequences that a rank takes through the model at once. `auto` tries a rank's whole share of a step before
+    training, and half as many wherever a rank runs out of memory; the update stays the same."""
+    loss_chunk: Annotated[Count, Field(gt=0)] | None = None
+    """Tokens whose logits exist at a time: saves memory where the vocabulary is large. None makes all logits at once."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What a block keeps for its backward: everything, only its input, or the results of matrix products and attention;
+    the rest is computed again."""
+    compile: bool = False
+    """Compile each block by torch.compile; on the CPU this needs a C++ compiler."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Global gradient norm above which gradients are scaled down; none does not clip."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -135,13 +112,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """When to measure the validation loss, and on how much."""
+    """When to measure the validation loss, on how much, and which samples to write."""
 
     __pydantic_config__ = STRICT
     every: Interval = "500 steps"
     """Interval between validations, in steps; the end of a run always validates."""
     sequences: Positive | None = None
     """First so many validation sequences; none takes all."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that the model continues at every validation, into `samples.jsonl`; the run is bit-equal with and without."""
+    tokens: Positive = 64
+    """Most tokens that a prompt is continued by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +190,10 @@ class RunConfig:
 
 # Keys that may change between a save and the resume from it; every other key is part of what the run is.
 CHANGEABLE = (
-    "name", "runs", "data.folder", "data.max_epochs", "train.length", "train.micro_batch_size", "train.clip_norm",
-    "train.time_limit", "train.max_bad_steps", "schedule", "parallel", "checkpoint", "evaluate", "metrics",
-    "resources", "finish", "optim.lr", "optim.weight_decay", "optim.adamw.lr", "optim.adamw.weight_decay",
+    "name", "runs", "data.folder", "data.max_epochs", "train.length", "train.micro_batch_size", "train.loss_chunk",
+    "train.activation_checkpointing", "train.compile", "train.clip_norm", "train.time_limit", "train.max_bad_steps",
+    "schedule", "parallel", "checkpoint", "evaluate", "metrics", "resources", "finish",
+    "optim.lr", "optim.weight_decay", "optim.adamw.lr", "optim.adamw.weight_decay",
 )  # fmt: skip
 
 _adapter: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
@@ -281,11 +263,14 @@ def _validate(source: Source) -> RunConfig:
 
 def _explain(error: Any, source: Source) -> RunError:
     """One validation error as a sentence. pydantic puts the union's tag into the path: what is no key is left out."""
-    path, node = [], source.raw
+    path, node, tag = [], source.raw, None
     for element in error["loc"][:-1]:
-        if (isinstance(node, dict) and element in node) or (isinstance(node, list) and isinstance(element, int)):
+        if element == tag:  # optim.adamw in a section whose name is adamw is no key
+            tag = None
+        elif (isinstance(node, dict) and element in node) or (isinstance(node, list) and isinstance(element, int)):
             node = node[element]
             path.append(str(element))
+            tag = node.get("name") if isinstance(node, dict) else None
     last = str(error["loc"][-1])
     here = ".".join([*path, last])
     kind, context = error["type"], error.get("ctx", {})
@@ -315,8 +300,12 @@ def _known_keys(path: list[str], raw: Any) -> list[str]:
     schema = json_schema()
     node: Any = schema
     for element in path:
-        raw = raw[int(element)] if isinstance(raw, list) else raw[element]
-        node = _follow(node["items"] if "items" in node else node["properties"][element], schema, raw)
+        if isinstance(raw, list):
+            raw, inner = raw[int(element)], node["items"]
+        else:
+            raw, named = raw[element], node.get("properties") or {}
+            inner = named[element] if element in named else next(iter(node["patternProperties"].values()))
+        node = _follow(inner, schema, raw)
     return list(node.get("properties", ()))
 
 
@@ -331,12 +320,7 @@ def _follow(node: Any, schema: Any, raw: Any) -> Any:
 def _check(config: RunConfig, source: Source) -> None:
     """What no single field can know."""
     train, data = config.train, config.data
-    if (data.path is None) == (data.table is None):
-        raise RunError(
-            "a run needs data.path or data.table, and not both",
-            where=source.where("data"),
-            mend="give data.path (text; `stdlib` is the embedded corpus) or data.table (a prepared table)",
-        )
+    check_data(data, train.length, source)
     rest = train.tokens_per_step % data.sequence_length
     if rest:
         below = train.tokens_per_step - rest
@@ -345,10 +329,12 @@ def _check(config: RunConfig, source: Source) -> None:
             where=source.where("train.tokens_per_step"),
             mend=f"use {below or ''}{' or ' if below else ''}{below + data.sequence_length}",
         )
-    if "model_type" not in config.model.config:
-        raise RunError(
-            "model.config.model_type is missing", where=source.where("model.config"), mend="add it, e.g. llama"
-        )
+    try:
+        registry.alternatives("trainer.parallel")[config.parallel.name].check(config.parallel, config.optim)
+        library.check(config.model.config)
+    except RunError as error:
+        raise RunError(error.what, where=source.where(error.where), mend=error.mend) from None
+    _check_model(config, source)
     for key, interval in (
         ("evaluate.every", config.evaluate.every),
         ("metrics.groups_every", config.metrics.groups_every),
@@ -366,3 +352,23 @@ def _check(config: RunConfig, source: Source) -> None:
                 where=source.where(key),
                 mend="leave them out and give them through the environment (docs/metrics.md)",
             )
+
+
+def _check_model(config: RunConfig, source: Source) -> None:
+    model, data = config.model, config.data
+    if config.train.micro_batch_size == "auto" and config.parallel.name == "deepspeed":
+        raise RunError(
+            "train.micro_batch_size: auto works with fsdp2, ddp and single, not with deepspeed",
+            where=source.where("train.micro_batch_size"),
+            mend="give a number of sequences",
+        )
+    if model.init_from is None and "model_type" not in model.config:
+        raise RunError(
+            "model.config.model_type is missing", where=source.where("model.config"), mend="add it, e.g. llama"
+        )
+    if model.init_from is not None and data.table is None and data.tokenizer.path is None:
+        raise RunError(
+            "model.init_from needs the tokenizer of its weights, and this run would train a new one",
+            where=source.where("model.init_from"),
+            mend="give data.tokenizer.path: the folder of the weights, or tokenizer/ of the run that made them",
+        )

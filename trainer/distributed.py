@@ -54,8 +54,12 @@ def world() -> int:
     return dist.get_world_size()
 
 
-def on_rank_zero(work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 while the others wait; all get its result, or raise its error."""
+def on_rank_zero(work: Callable[[], T], patience: timedelta | None = None) -> T:
+    """Do `work` on rank 0 while the others wait; all get its result, or raise its error.
+
+    The others wait as long as the process group does, or for `patience`, which needs a group of its own.
+    """
+    waiting = dist.new_group(timeout=patience, backend="gloo") if patience and world() > 1 else None
     answer: list[tuple[T | None, RunError | None]] = [(None, None)]
     if rank() == 0:
         try:
@@ -64,7 +68,9 @@ def on_rank_zero(work: Callable[[], T]) -> T:
             answer = [(None, error)]
         except OSError as error:
             answer = [(None, RunError(str(error), mend="see the log of rank 0", outcome=Outcome.INFRASTRUCTURE))]
-    dist.broadcast_object_list(answer, src=0)
+    dist.broadcast_object_list(answer, src=0, group=waiting)
+    if waiting is not None:
+        dist.destroy_process_group(waiting)
     result, error = answer[0]
     if error is not None:
         raise error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import torch
 
@@ -12,10 +13,11 @@ from trainer import distributed, runfolder
 from trainer.checkpoint.retention import prune
 from trainer.checkpoint.save import save
 from trainer.derive import evaluation_interval
-from trainer.evaluate.loss import bits_per_byte, validation_loss
-from trainer.guard.verdict import Verdict, agree, scale_gradients
+from trainer.evaluate.loss import mixed, validation_losses
+from trainer.guard.verdict import Verdict, agree
+from trainer.model.flops import utilization
 from trainer.model.init import module_seed
-from trainer.model.loss import summed_loss, token_count
+from trainer.model.loss import losses, token_count
 from trainer.outcome import Outcome
 from trainer.schedule import factor
 from trainer.setup import Run
@@ -38,8 +40,7 @@ def train(run: Run) -> tuple[Outcome, str]:
             run.bad_steps = 0
         else:
             skip(run, verdict, count)
-        for parameter in run.parameters:
-            parameter.grad = None
+        run.strategy.clear(run.parameters)
         start, run.step, run.position = run.position, run.step + 1, run.position + count
         record(run, verdict, start, count, rate, time.monotonic() - began)
 
@@ -62,9 +63,11 @@ def train(run: Run) -> tuple[Outcome, str]:
     checkpoint(run)
     if run.position < run.derived.sequences:
         done, epochs = run.step, run.config.data.max_epochs
+        _, source = run.data.train.first_exhausted(epochs or 0)
+        what = f"source {source}" if run.config.data.mixture else "data"
         return (
             Outcome.OUT_OF_DATA,
-            f"data.max_epochs = {epochs} ends the data at step {done} of {run.derived.steps}; saved",
+            f"data.max_epochs = {epochs} ends the {what} at step {done} of {run.derived.steps}; saved",
         )
     return Outcome.FINISHED, f"all {run.derived.steps} steps are trained and saved"
 
@@ -86,16 +89,16 @@ def forward_backward(run: Run, count: int) -> Verdict:
     asked = time.monotonic()
     micro_batches = run.batches.at(run.position, count)
     run.data_seconds = time.monotonic() - asked
-    for index, (inputs, targets) in enumerate(micro_batches):
-        tokens += token_count(targets)
-        run.strategy.synchronize_gradients(run.model, run.config.parallel, last=index == len(micro_batches) - 1)
-        with run.strategy.forward_context(run.config.train.precision, run.device):
-            loss = summed_loss(run.model, inputs.to(run.device), targets.to(run.device))
-        (loss / expected).backward()
+    for index, batch in enumerate(micro_batches):
+        tokens += token_count(batch.targets)
+        run.strategy.synchronize(last=index == len(micro_batches) - 1)
+        with run.strategy.context():
+            loss, objective = losses(run.strategy.forward, *batch.to(run.device))
+        run.strategy.backward(objective / expected)
         loss_sum += loss.detach().double()
     limit = run.config.train.time_limit
     return agree(
-        run.parameters, float(loss_sum), tokens, expected,
+        run.strategy.gradients(run.parameters), float(loss_sum), tokens, expected,
         signal=run.flag.signal is not None,
         timeout=limit is not None and time.monotonic() - run.started > limit,
         save_due=save_is_due(run),
@@ -108,7 +111,7 @@ def clip_gradients(run: Run, verdict: Verdict) -> None:
     """Divide by the true global token count, and scale down to the clipping norm, in one pass."""
     limit = run.config.train.clip_norm
     clip = 1.0 if limit is None else min(1.0, limit / max(verdict.gradient_norm, 1e-12))
-    scale_gradients(run.parameters, verdict.ratio * clip)
+    run.strategy.scale(run.parameters, verdict.ratio * clip)
 
 
 def skip(run: Run, verdict: Verdict, count: int) -> None:
@@ -140,41 +143,67 @@ def record(run: Run, verdict: Verdict, start: int, count: int, rate: float, seco
     """One line of history and progress, on rank 0."""
     if distributed.rank() != 0:
         return
+    report_passes(run, start)
     density = verdict.tokens / max(run.batches.bytes(start, count), 1)
     finite = verdict.finite
+    mfu = utilization(run.flops_per_token, verdict.tokens / seconds, run.peak_flops, distributed.world())
     run.history.write(
         step=run.step,
         position=run.position,
-        epoch=round(run.position / run.table.train.sequences, 6),
+        **epochs(run),
         loss=verdict.loss if finite else None,
         bits_per_byte=verdict.loss / math.log(2) * density if finite else None,
         gradient_norm=verdict.gradient_norm if finite else None,
         learning_rate_factor=rate,
         tokens=verdict.tokens,
         tokens_per_second=round(verdict.tokens / seconds, 1),
+        mfu="unknown" if mfu is None else round(mfu, 4),
         seconds=round(seconds, 4),
         data_seconds=round(run.data_seconds, 4),
         **run.groups.take(),
     )
-    run.progress.step(run.step, verdict.loss, verdict.loss / math.log(2) * density, verdict.tokens / seconds)
+    run.progress.step(run.step, verdict.loss, verdict.loss / math.log(2) * density, verdict.tokens / seconds, mfu)
+
+
+def epochs(run: Run) -> dict[str, Any]:
+    """Passes over the data so far: one number, or one for each source of a mixture."""
+    counts = {name: round(count, 6) for name, count in run.data.train.epochs(run.position).items()}
+    return {"epochs": counts} if len(counts) > 1 else {"epoch": next(iter(counts.values()))}
+
+
+def report_passes(run: Run, start: int) -> None:
+    """Say which passes over which source ended since the position `start`."""
+    before, now = run.data.train.epochs(start), run.data.train.epochs(run.position)
+    for name, count in now.items():
+        if int(count) > int(before[name]):
+            of = f" over {name}" if len(now) > 1 else ""
+            run.progress.say(f"step {run.step}: pass {int(count)}{of} is complete")
+            runfolder.record_event(run.folder, "pass", source=name, passes=int(count), step=run.step)
 
 
 def validate(run: Run) -> None:
-    """Validation loss over all ranks, into history and onto the screen."""
-    loss, tokens, count = validation_loss(run)
+    """Validation loss over all ranks, into history and onto the screen, and text samples if prompts are given."""
+    results = validation_losses(run)
     if distributed.rank() == 0:
-        value = bits_per_byte(loss, tokens, count)
+        loss, value = mixed(results, run.data.weights)
+        sources = {
+            name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte, "tokens": r.tokens} for name, r in results.items()
+        }
         run.history.write(
             step=run.step,
             position=run.position,
             validation_loss=loss,
             validation_bits_per_byte=value,
-            validation_tokens=tokens,
+            validation_tokens=sum(result.tokens for result in results.values()),
+            **({"validation_sources": sources} if len(sources) > 1 else {}),
         )
-        share = value / run.table.facts["unigram_bits_per_byte"]
+        share = value / run.data.unigram_bits_per_byte
+        each = "; ".join(f"{name} {result.loss:.4f}" for name, result in results.items()) if len(results) > 1 else ""
         run.progress.say(
             f"step {run.step}: validation loss {loss:.4f}, {value:.4f} bits per byte, {share:.1%} of the unigram entropy"
+            + (f" ({each})" if each else "")
         )
+    run.samples.take(run)
 
 
 def checkpoint(run: Run) -> None:
@@ -185,7 +214,8 @@ def checkpoint(run: Run) -> None:
     report_rejected(run, int(distributed.sum_over_ranks([float(run.optimizer.take_rejected())], run.device)[0]))
     folder = save(
         run.checkpoints, run.step, run.position, run.tensors(),
-        config=configuration.resolved(run.config), state=run.state(), lineage={"run": run.config.name},
+        config=configuration.resolved(run.config), state=run.state(),
+        lineage={**run.lineage(), "run": run.config.name},
         attempt=run.attempt,
     )  # fmt: skip
     run.saved_step, run.saved_at = run.step, time.monotonic()

@@ -45,6 +45,9 @@ def _section(prefix: str, node: Any, schema: Any, lines: list[str]) -> None:
                 f"| `{path}.name` | | {value.get('description', '')} One of {', '.join(f'`{m}`' for m in mapping)}. |"
             )
             inner += [(f"{path} (name: {name})", _resolve({"$ref": ref}, schema)) for name, ref in mapping.items()]
+        elif "patternProperties" in value:
+            lines.append(f"| `{path}` | none | {_one_line(value.get('description', ''))} |")
+            inner.append((f"{path}.NAME", _resolve(next(iter(value["patternProperties"].values())), schema)))
         elif "$ref" in value:
             inner.append((path, _resolve(value, schema)))
         else:

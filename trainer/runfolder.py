@@ -1,4 +1,5 @@
-"""The folder of a run: what lies where, who makes it, and its attempts. Imports no torch."""
+"""The folder of a run: what lies where, who makes it, and its attempts. Imports no torch, and the configuration (0.2 s) only
+where it is needed."""
 
 from __future__ import annotations
 
@@ -10,22 +11,26 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from trainer import config as configuration
-from trainer.config import RunConfig
-from trainer.files import digest, write_json, write_text
+from trainer.files import digest, read_json, write_json, write_text
 from trainer.outcome import Outcome, RunError
 
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
 
-def create(config: RunConfig, command: list[str]) -> Path:
+
+def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None = None) -> Path:
     """Make the folder of a new run with `config.yaml` and `run.json`.
+
+    Args:
+        lineage: the run and the checkpoint that it starts from, if it does.
 
     Raises:
         RunError: a run of this name exists, or the folder cannot be written.
     """
+    from trainer import config as configuration
+
     folder = config.folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +58,7 @@ def create(config: RunConfig, command: list[str]) -> Path:
         "command": command,
         "python": platform.python_version(),
         "versions": versions(),
-        "lineage": {},
+        "lineage": lineage or {},
     }
     write_json(folder / "run.json", record)
     return folder
@@ -61,15 +66,19 @@ def create(config: RunConfig, command: list[str]) -> Path:
 
 def write_config(folder: Path, config: RunConfig) -> None:
     """Write the resolved configuration."""
+    import yaml
+
+    from trainer import config as configuration
+
     text = yaml.safe_dump(configuration.resolved(config), sort_keys=False, allow_unicode=True)
     write_text(folder / "config.yaml", text)
 
 
-def open_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
-    """The configuration of an existing run, with overrides that a resume allows.
+def check(folder: Path) -> None:
+    """There is a run in the folder.
 
     Raises:
-        RunError: there is no such run, or an override changes what the run is.
+        RunError: there is none; names those beside it.
     """
     if not (folder / "config.yaml").exists():
         siblings = sorted(p.name for p in folder.parent.glob("*") if (p / "config.yaml").exists())
@@ -78,10 +87,36 @@ def open_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
             where=str(folder.parent),
             mend=f"runs there: {', '.join(siblings)}" if siblings else "check the name, or give --runs=FOLDER",
         )
+
+
+def open_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration of an existing run, with overrides that a resume allows.
+
+    Raises:
+        RunError: there is no such run, or an override changes what the run is.
+    """
+    from trainer import config as configuration
+
+    check(folder)
     plain = configuration.load(folder / "config.yaml")
+    if not overrides:
+        return plain
     config = configuration.load(folder / "config.yaml", overrides)
     configuration.check_resume(configuration.resolved(plain), configuration.resolved(config))
     return config
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `run.json` says.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        record: dict[str, Any] = read_json(folder / "run.json")
+    except (OSError, ValueError) as error:
+        raise RunError(f"run.json cannot be read: {error}", where=str(folder), mend="restore the file") from None
+    return record
 
 
 def new_attempt(folder: Path) -> int:

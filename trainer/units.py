@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
@@ -43,15 +44,18 @@ def parse_seconds(value: Any) -> Any:
 
 
 def split_length(text: str) -> tuple[float, str]:
-    """`600 steps` -> (600, "steps"); `1B tokens` -> (1e9, "tokens"); `2.5 epochs` -> (2.5, "epochs")."""
-    match = re.fullmatch(r"\s*(\S+?)\s*(steps?|tokens?|epochs?)\s*", text)
-    if not match:
+    """`600 steps` -> (600, "steps"); `1B tokens` -> (1e9, "tokens"); `2.5 epochs` -> (2.5, "epochs").
+
+    `3 epochs of web`, passes over one source of a mixture, has the unit "epochs of web".
+    """
+    match = re.fullmatch(r"\s*(\S+?)\s*(steps?|tokens?|epochs?)(\s+of\s+(\w+))?\s*", text)
+    if not match or (match[3] and not match[2].startswith("epoch")):
         raise ValueError(f"'{text}' is no length; write 600 steps, 1B tokens or 3 epochs")
     unit = match[2] if match[2].endswith("s") else match[2] + "s"
     number = float(match[1]) if unit == "epochs" else float(parse_count(match[1]))
     if not number > 0:
         raise ValueError(f"'{text}': a length is above zero")
-    return number, unit
+    return number, f"{unit} of {match[4]}" if match[4] else unit
 
 
 def _length(value: Any) -> Any:
@@ -82,12 +86,32 @@ def _interval(value: Any) -> Any:
     return value.strip()
 
 
+def parse_share(value: Any) -> Any:
+    """A share above 0 and up to 1 as a number (`0.3`) or as a fraction (`1/3`); both are taken exactly."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"'{value}' is no share; write 0.3 or 1/3")
+    try:
+        share = Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"'{value}' is no share; write 0.3 or 1/3") from None
+    if not 0 < share <= 1:
+        raise ValueError(f"'{value}': a share is above 0 and at most 1")
+    return value.strip() if isinstance(value, str) else float(value)
+
+
 _COUNT_SCHEMA = {
     "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^[\d_.]+\s*[kKmMbBgGtT]?$"}]
 }
 _TEXT_SCHEMA = {"type": "string"}
+_SHARE_SCHEMA = {
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        {"type": "string", "pattern": r"^\d+\s*/\s*\d+$"},
+    ]
+}
 
 Count = Annotated[int, BeforeValidator(parse_count), WithJsonSchema(_COUNT_SCHEMA)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema(_TEXT_SCHEMA)]
 Length = Annotated[str, BeforeValidator(_length), WithJsonSchema(_TEXT_SCHEMA)]
 Interval = Annotated[str, BeforeValidator(_interval), WithJsonSchema(_TEXT_SCHEMA)]
+Share = Annotated[float | str, BeforeValidator(parse_share), WithJsonSchema(_SHARE_SCHEMA)]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainer.config import RunConfig
+from launch import process
 from trainer.outcome import Outcome, read_outcome
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
 SHUTDOWN_SECONDS = 600
 
 
@@ -29,8 +32,13 @@ def ranks(config: RunConfig) -> int:
     return max(1, count)
 
 
-def command(config: RunConfig, folder: Path, attempt: int) -> list[str]:
-    """The torchrun command of an attempt. torchrun must not restart: that would retry what is deterministic."""
+def attempt_command(config: RunConfig, folder: Path, attempt: int) -> list[str]:
+    """The torchrun command of an attempt."""
+    return command(config, "train", str(folder), f"--attempt={attempt}")
+
+
+def command(config: RunConfig, *task: str) -> list[str]:
+    """`python -m trainer TASK` on every rank. torchrun must not restart: that would retry what is deterministic."""
     line = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc-per-node={ranks(config)}",
         "--max-restarts=0", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
@@ -38,33 +46,48 @@ def command(config: RunConfig, folder: Path, attempt: int) -> list[str]:
     major, minor = (int(part) for part in metadata.version("torch").split(".")[:2])
     if (major, minor) >= (2, 13):
         line.append(f"--shutdown-timeout={SHUTDOWN_SECONDS}")
-    return [*line, "-m", "trainer", "train", str(folder), f"--attempt={attempt}"]
+    return [*line, "-m", "trainer", *task]
 
 
 def run(config: RunConfig, folder: Path, attempt: int) -> dict[str, Any]:
     """Run an attempt to its end and return its outcome; signals to this process go on to the ranks."""
     logs = folder / "logs" / str(attempt)
-    environment = os.environ | {"OMP_NUM_THREADS": str(config.resources.threads_per_rank)}
-    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
-    )
+    variables = process.environment(OMP_NUM_THREADS=str(config.resources.threads_per_rank))
+    variables.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    line = attempt_command(config, folder, attempt)
     with open(logs / "torchrun.log", "w", encoding="utf-8") as log:
-        child = subprocess.Popen(command(config, folder, attempt), stderr=log, env=environment, start_new_session=True)
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            child.send_signal(number)
-
-        before = {number: signal.signal(number, forward) for number in FORWARDED}
-        try:
-            child.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        child = subprocess.Popen(line, stderr=log, env=variables, start_new_session=True)
+        code, _ = process.wait(child)
     outcome = read_outcome(logs)
-    if outcome["outcome"] == Outcome.FINISHED.value and child.returncode != 0:
-        outcome = {**outcome, "message": f"{outcome['message']} (torchrun ended with {child.returncode})"}
+    if outcome["outcome"] == Outcome.FINISHED.value and code != 0:
+        outcome = {**outcome, "message": f"{outcome['message']} (torchrun ended with {code})"}
     return outcome
+
+
+def answer(config: RunConfig, *task: str, alone: bool = False) -> Any:
+    """Run a task on the ranks that `config` asks for, or in one process; returns the JSON that it leaves in `--answer`.
+
+    A task that ends with a sentence ends this process with that sentence; one that breaks leaves its log.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="orthogon-"))
+    task = (*task, f"--answer={folder}")
+    line = [sys.executable, "-m", "trainer", *task] if alone or ranks(config) == 1 else command(config, *task)
+    variables = process.environment(OMP_NUM_THREADS=str(config.resources.threads_per_rank))
+    with open(folder / "task.log", "w", encoding="utf-8") as log:
+        child = subprocess.Popen(line, stderr=log, env=variables, start_new_session=True)
+        _, passed = process.wait(child)
+    if passed is None and (folder / "answer.json").exists():
+        value = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+        shutil.rmtree(folder)
+        return value
+    outcome = read_outcome(folder)
+    if passed is None:
+        print(outcome["message"], file=sys.stderr)
+    if passed is None and outcome["outcome"] in (Outcome.BUG.value, Outcome.INFRASTRUCTURE.value):
+        print(f"log: {folder}/task.log", file=sys.stderr)
+    else:
+        shutil.rmtree(folder)
+    sys.exit(outcome["exit_code"] if passed is None else 128 + passed)
 
 
 def _gpus() -> list[Path]:

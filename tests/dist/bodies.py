@@ -22,6 +22,7 @@ from trainer.model.init import initialize
 from trainer.model.loss import summed_loss, token_count
 from trainer.optim.groups import build_optimizer
 from trainer.parallel import fsdp2
+from trainer.registry import alternatives
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -42,12 +43,26 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
+# Fused weights, as outputs x inputs; and weights stored as inputs x outputs.
+PHI3 = LLAMA | {"model_type": "phi3", "pad_token_id": 0}
+GPT2 = {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 3}
+
+
 def model_of(seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    return spread_model_of(fsdp2.Options(), seed, dtype=dtype, **changes)[0]
+
+
+def spread_model_of(
+    options: Any, seed: int = 0, *, dtype: torch.dtype = torch.float32, config: Any = None, **changes: Any
+) -> tuple[Any, Any]:
+    """A model under the strategy that the options belong to, and the strategy."""
     shape = architecture(
-        ModelConfig(config=LLAMA | changes), vocab_size=VOCABULARY, bos=0, eos=1, max_length=LENGTH
+        ModelConfig(config=(config or LLAMA) | changes), vocab_size=VOCABULARY, bos=0, eos=1, max_length=LENGTH
     )
     model = build(shape).to(dtype)
-    fsdp2.shard(model, blocks(model), fsdp2.Options(), "fp32", torch.device("cpu"), dist.get_world_size())
+    module = alternatives("trainer.parallel")[options.name]
+    strategy = module.Strategy(options, "fp32", torch.device("cpu"), dist.get_world_size())
+    strategy.shard(model, blocks(model))
     if dtype is torch.float64:
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
@@ -56,7 +71,8 @@ def model_of(seed: int = 0, *, dtype: torch.dtype = torch.float32, **changes: An
                 module._get_fsdp_state()._fsdp_param_group.mp_policy = MixedPrecisionPolicy()
                 module._get_fsdp_state()._mp_policy = MixedPrecisionPolicy()
     initialize(model, seed, torch.device("cpu"))
-    return model
+    strategy.connect(model, None)
+    return model, strategy
 
 
 def initial_state(seed: int, tied: bool) -> dict[str, str]:
@@ -66,18 +82,19 @@ def initial_state(seed: int, tied: bool) -> dict[str, str]:
     return fingerprint(tensors)
 
 
-def optimizer_steps(name: str, steps: int, options: dict[str, Any]) -> dict[str, torch.Tensor]:
+def optimizer_steps(
+    name: str, steps: int, options: dict[str, Any], config: Any = None
+) -> dict[str, torch.Tensor]:
     """Whole weights and state after steps on gradients that depend on names and steps only."""
     raw = {
         "name": "t", "model": {"config": LLAMA}, "data": {"path": "stdlib"}, "optim": {"name": name, **options},
         "train": {"length": "1 steps", "tokens_per_step": 1024}, "parallel": {"name": "fsdp2"},
     }  # fmt: skip
-    model = model_of()
+    model = model_of(config=config)
     optimizer = build_optimizer(model, configuration.parse(raw).optim)
     for step in range(steps):
         for key, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(hash_of(f"{key}{step}"))
-            gradient = torch.randn(parameter.shape, generator=generator)
+            gradient = gradient_of(key, step, parameter.shape)
             parameter.grad = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
         optimizer.step()
     names = {parameter: key for key, parameter in model.named_parameters()}
@@ -85,13 +102,17 @@ def optimizer_steps(name: str, steps: int, options: dict[str, Any]) -> dict[str,
     return {key: whole(value.detach()) for key, value in tensors.items()}
 
 
+def gradient_of(name: str, step: int, shape: torch.Size) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(hash_of(f"{name}{step}")))
+
+
 def hash_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
 
-def loss_and_gradients(accumulation: int, sequences: int) -> tuple[float, float, dict[str, torch.Tensor]]:
+def loss_and_gradients(accumulation: int, sequences: int, options: Any = None) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Global loss, norm and float64 gradients of one batch, split over ranks and `accumulation` micro-steps."""
-    model = model_of(dtype=torch.float64)
+    model, strategy = spread_model_of(options or fsdp2.Options(sync_every_micro_step=False), dtype=torch.float64)
     rank, world = dist.get_rank(), dist.get_world_size()
     tokens = torch.randint(0, VOCABULARY, (sequences, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     rows = -(-sequences // (world * accumulation))
@@ -101,14 +122,14 @@ def loss_and_gradients(accumulation: int, sequences: int) -> tuple[float, float,
         batch = tokens[places.clamp(max=sequences - 1)]
         targets = batch[:, 1:].clone()
         targets[places >= sequences] = -100
-        fsdp2.synchronize_gradients(model, fsdp2.Options(sync_every_micro_step=False), last=j == accumulation - 1)
-        logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        strategy.synchronize(last=j == accumulation - 1)
+        logits = strategy.forward(input_ids=batch[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        (loss / expected).backward()
+        strategy.backward(loss / expected)
         loss_sum, count = loss_sum + float(loss), count + token_count(targets)
     parameters = list(model.parameters())
     verdict = agree(
-        parameters, loss_sum, count, expected, signal=False, timeout=False, save_due=False, rejected=0, device=torch.device("cpu")
+        strategy.gradients(parameters), loss_sum, count, expected, signal=False, timeout=False, save_due=False, rejected=0, device=torch.device("cpu")
     )
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return verdict.loss, verdict.gradient_norm, gradients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from trainer.optim import ShardedOptimizer
 
-# Tall, wide, square, uneven for every world size, rows fewer than ranks, one row, one column, independent matrices.
-SHAPES = [(20, 12), (12, 20), (16, 16), (7, 5), (3, 10), (1, 9), (9, 1), (4, 6, 10), (20, 12)]
+Shape = tuple[int, ...]
+
+# Tall, wide, square, uneven for every world size, rows fewer than ranks, one row, one column, independent matrices, and
+# several of one shape, of an even and an odd number of entries.
+SHAPES: list[Shape] = [
+    (20, 12), (12, 20), (16, 16), (7, 5), (3, 10), (1, 9), (9, 1), (4, 6, 10), (20, 12), (7, 9), (7, 9), (7, 9),
+]  # fmt: skip
 
 
 def tensor(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -27,43 +33,79 @@ def mesh_of(*shape: int) -> DeviceMesh:
 
 
 def place(full: torch.Tensor, layout: str) -> torch.Tensor:
-    if layout == "plain":
+    """A tensor in a layout: plain, ddp, replicate, shard0 to shard2, hsdp0 or hsdp1 on (2, world / 2) ranks."""
+    if layout in ("plain", "ddp"):
         return full
     world = dist.get_world_size()
     if layout.startswith("hsdp"):
-        return distribute_tensor(full, mesh_of(2, world // 2), [Replicate(), Shard(0)])
-    mesh = mesh_of(world)
+        return distribute_tensor(full, mesh_of(2, world // 2), [Replicate(), Shard(int(layout[4]))])
     placement = Replicate() if layout == "replicate" else Shard(int(layout.removeprefix("shard")))
-    return distribute_tensor(full, mesh, [placement])
+    return distribute_tensor(full, mesh_of(world), [placement])
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def build(rule: str, layout: str, options: dict[str, Any], dtype: torch.dtype) -> tuple[list[nn.Parameter], ShardedOptimizer]:
-    weights = [nn.Parameter(place(tensor(i, shape, dtype), layout)) for i, shape in enumerate(SHAPES)]
+def build(
+    rule: str, layout: str, options: dict[str, Any], dtype: torch.dtype, shapes: list[Shape] = SHAPES
+) -> tuple[list[nn.Parameter], ShardedOptimizer]:
+    """Parameters and their optimizer. Under the option `transposed` they are stored as (inputs, outputs)."""
+    stored = [tensor(i, shape, dtype) for i, shape in enumerate(shapes)]
+    if options.get("transposed"):
+        stored = [full.mT.contiguous() for full in stored]
+    weights = [nn.Parameter(place(full, layout)) for full in stored]
     named = [(f"w{i}", w) for i, w in enumerate(weights)]
-    spread = {"spread_replicas": True} if layout == "hsdp-spread" else {}
+    engine: dict[str, Any] = {"spread_replicas": True} if layout.endswith("-spread") else {}
+    if layout == "ddp":
+        engine["replicas"] = dist.group.WORLD
     # 600 bytes: several buckets, also here.
-    return weights, ShardedOptimizer([{"rule": rule, "params": named, **options}], bucket_bytes=600, **spread)
+    return weights, ShardedOptimizer([{"rule": rule, "params": named, **options}], bucket_bytes=600, **engine)
 
 
-def give_gradients(weights: list[nn.Parameter], layout: str, step: int, dtype: torch.dtype) -> None:
-    for i, shape in enumerate(SHAPES):
-        weights[i].grad = place(tensor(1000 * step + i, shape, dtype), layout)
+def give_gradients(weights: list[nn.Parameter], layout: str, step: int, transposed: bool = False) -> None:
+    for i, weight in enumerate(weights):
+        gradient = tensor(1000 * step + i, tuple(weight.mT.shape if transposed else weight.shape), weight.dtype)
+        weight.grad = place(gradient.mT.contiguous() if transposed else gradient, layout)
 
 
-def steps(rule: str, layout: str, options: dict[str, Any], count: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def steps(
+    rule: str, layout: str, options: dict[str, Any], count: int = 3, dtype: torch.dtype = torch.float32,
+    shapes: list[Shape] = SHAPES,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """Weights and state, whole, after some steps."""
-    weights, optimizer = build(rule, layout, options, dtype)
+    weights, optimizer = build(rule, layout, options, dtype, shapes)
     for step in range(1, count + 1):
-        give_gradients(weights, layout, step, dtype)
+        give_gradients(weights, layout, step, options.get("transposed", False))
         optimizer.step()
     assert optimizer.take_rejected() == 0
+    return everything(weights, optimizer)
+
+
+def everything(weights: list[nn.Parameter], optimizer: ShardedOptimizer) -> dict[str, torch.Tensor]:
     names = {w: f"w{i}" for i, w in enumerate(weights)}
     result = {names[w]: whole(w) for w in weights}
     return result | {key: whole(value) for key, value in optimizer.state_tensors(names).items()}
+
+
+def alike(rule: str, options: dict[str, Any], counts: list[int], shape: Shape) -> list[dict[str, torch.Tensor]]:
+    """The steps of so many matrices of one shape, for several such numbers."""
+    return [steps(rule, "shard0", options, shapes=[shape] * count) for count in counts]
+
+
+def plan_of(rule: str, layout: str) -> str:
+    """Who owns what, and what travels together, in this rank's opinion."""
+    _, optimizer = build(rule, layout, {}, torch.float32)
+    return repr([(index, bucket.stored, bucket.matrices) for index, _, bucket in optimizer._buckets])
+
+
+def calls_of_a_step(rule: str, layout: str, shapes: list[Shape]) -> int:
+    """Exchanges of this rank in one step."""
+    weights, optimizer = build(rule, layout, {}, torch.float32, shapes)
+    give_gradients(weights, layout, 1)
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+        optimizer.step()
+    return exchange.call_count
 
 
 def missing_gradient_on_one_rank(rule: str) -> bool:
@@ -71,7 +113,7 @@ def missing_gradient_on_one_rank(rule: str) -> bool:
     ends = []
     for missing in (True, False):
         weights, optimizer = build(rule, "shard0", {}, torch.float32)
-        give_gradients(weights, "shard0", 1, torch.float32)
+        give_gradients(weights, "shard0", 1)
         if dist.get_rank() == 0:
             for weight in weights[:3]:
                 assert isinstance(weight.grad, DTensor)
@@ -124,7 +166,7 @@ def disagree() -> str:
 def non_finite() -> tuple[int, bool, bool]:
     """(rejected matrices over all ranks, whether the sick matrix stayed, whether all others moved)."""
     weights, optimizer = build("normuon", "shard0", {}, torch.float32)
-    give_gradients(weights, "shard0", 1, torch.float32)
+    give_gradients(weights, "shard0", 1)
     before = [whole(w) for w in weights]
     if dist.get_rank() == 0:
         weights[0].grad.to_local()[0, 0] = float("nan")  # type: ignore[union-attr]

@@ -13,10 +13,8 @@ from tests.dist.bodies import fingerprint
 from trainer import config as configuration
 from trainer import loop, runfolder, setup
 from trainer.guard.signals import Flag
-from trainer.guard.verdict import agree
+from trainer.metrics.history import lasting
 from trainer.outcome import RunError
-
-UNSTABLE = ("seconds", "data_seconds", "tokens_per_second")
 
 
 class StopAt(Flag):
@@ -54,19 +52,21 @@ def train(
         return {"error": str(error)}
     flag.run = run
     started = run.step
+    loaded = fingerprint(run.tensors()) if started else {}
     if poison is not None and dist.get_rank() == 0:
         _poison(run, poison)
     outcome, message = loop.train(run)
     run.trace.close()
     run.history.close()
     history = (config.folder / "metrics.jsonl").read_text().splitlines()
-    records = [{k: v for k, v in json.loads(line).items() if k not in UNSTABLE} for line in history]
+    records = [lasting(json.loads(line)) for line in history]
     return {
         "outcome": outcome.value,
         "message": message,
         "started": started,
         "step": run.step,
         "position": run.position,
+        "loaded": loaded,
         "tensors": fingerprint(run.tensors()),
         "history": records,
         "skipped": run.skipped,
@@ -76,12 +76,12 @@ def train(
 
 def _poison(run: Any, step: int) -> None:
     """Make this rank's gradient NaN at one step of this run."""
-    weight = next(p for p in run.parameters if p.to_local().numel())
-    true_agree = agree
+    true_gradients = run.strategy.gradients
 
-    def poisoned(parameters: list[Any], *arguments: Any, **options: Any) -> Any:
-        if parameters is run.parameters and run.step + 1 == step:
-            weight.grad.to_local().view(-1)[0] = torch.nan
-        return true_agree(parameters, *arguments, **options)
+    def poisoned(parameters: list[Any]) -> Any:
+        shares = true_gradients(parameters)
+        if run.step + 1 == step:
+            next(share for share, _ in shares if share.numel()).view(-1)[0] = torch.nan
+        return shares
 
-    loop.agree = poisoned
+    run.strategy.gradients = poisoned

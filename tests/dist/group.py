@@ -20,7 +20,7 @@ class Group:
 
     def __init__(self, world: int) -> None:
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        port = free_port()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world):
@@ -99,7 +99,7 @@ def _serve(pipe: Connection, rank: int, world: int, port: int) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -6,7 +6,7 @@ import pytest
 
 from tests.dist import bodies_metrics
 
-LAYOUTS = [(1, "plain"), (1, "shard0"), (2, "plain"), (2, "shard0"), (2, "replicate"), (3, "shard0"), (3, "shard1"), (4, "hsdp")]
+LAYOUTS = [(1, "plain"), (1, "shard0"), (2, "plain"), (2, "shard0"), (2, "replicate"), (3, "shard0"), (3, "shard1"), (4, "hsdp0")]
 
 
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS)

@@ -169,7 +169,7 @@ def test_end_of_data_saves_and_says_so(group, place) -> None:
     assert end["outcome"] == "out of data"
     assert "data.max_epochs = 1" in end["message"]
     manifest = json.loads(next((place / "runs/end/checkpoints").glob(f"step-{end['step']:08d}/manifest.json")).read_text())
-    assert manifest["manifest"]["position"] == end["position"] == manifest["manifest"]["state"]["data"]["sequences"]
+    assert manifest["manifest"]["position"] == end["position"] == manifest["manifest"]["state"]["data"]["sources"]["data"]["sequences"]
 
 
 def test_a_nan_on_one_rank_is_applied_by_none_and_the_window_recorded(group, place, calm) -> None:

@@ -9,9 +9,9 @@ from importlib import import_module
 import numpy as np
 import pytest
 
-from tests.unit.test_data_prepare import config, corpus, quiet, refused, stream_of
+from tests.unit.test_data_prepare import config, corpus, prepare, quiet, refused, stream_of
 from trainer.config import DataConfig, TokenizerConfig
-from trainer.data import open_table, prepare
+from trainer.data import open_table
 from trainer.data.batches import Batches
 from trainer.data.corpus import documents
 from trainer.data.pack import encode
@@ -173,14 +173,14 @@ def test_a_full_disk_has_its_own_outcome(tmp_path, monkeypatch):
 def test_a_step_that_does_not_fit_its_rows_is_an_error(tmp_path):
     corpus(tmp_path / "corpus", 60)
     table = open_table(prepare(config(tmp_path), quiet), config(tmp_path))
-    batches = Batches(table.train, 0, 0, 2, 2, 3)
+    batches = Batches(table.train, 0, 2, 2, 3)
     assert len(batches.at(0, 12)) == 3
     with pytest.raises(ValueError, match="13"):
         batches.at(0, 13)
     assert batches.bytes(0, 0) == 0
-    assert all((targets == -100).all() for _, targets in batches.at(0, 0))
+    assert all((batch.targets == -100).all() for batch in batches.at(0, 0))
     with pytest.raises(ValueError, match="beyond"):
-        Batches(table.validation, None, 0, 1, 4, 1).at(table.validation.sequences - 1, 2)
+        Batches(table.validation, 0, 1, 4, 1).at(table.validation.sequences - 1, 2)
 
 
 def test_rows_come_in_the_order_asked_also_twice(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from trainer.data.batches import Batches
 from trainer.data.order import permute, sequence_ids
+from trainer.data.stream import Part, Stream
 
 SEED = st.integers(0, 2**63 - 1)
 WIDTH = 5  # sequence_length + 1
@@ -26,6 +28,18 @@ class FakeSplit:
         self.reads.append(len(ids))
         assert ((ids >= 0) & (ids < self.sequences)).all()
         return ids[:, None] * 10 + np.arange(WIDTH), ids + 1
+
+    def bytes(self, ids):
+        return ids + 1
+
+
+def stream(split, seed):
+    """One source in the order of a seed; without one, the split as it lies."""
+    return split if seed is None else Stream({"data": Part(split, Fraction(1))}, seed)
+
+
+def walk(start, count, n, seed, **options):
+    return sequence_ids(np.arange(start, start + count), n, seed, **options)
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,10 +79,10 @@ def test_places_are_spread_evenly():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(0, 200), st.lists(st.integers(0, 30), max_size=8), SEED)
 def test_steps_of_any_size_walk_the_same_stream(n, start, counts, seed):
-    whole = sequence_ids(start, sum(counts), n, seed).tolist()
+    whole = walk(start, sum(counts), n, seed).tolist()
     pieces, position = [], start
     for count in counts:
-        pieces += sequence_ids(position, count, n, seed).tolist()
+        pieces += walk(position, count, n, seed).tolist()
         position += count
     assert pieces == whole
 
@@ -76,16 +90,18 @@ def test_steps_of_any_size_walk_the_same_stream(n, start, counts, seed):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 9), SEED)
 def test_an_epoch_takes_every_sequence_once(n, epoch, seed):
-    assert sorted(sequence_ids(epoch * n, n, n, seed).tolist()) == list(range(n))
+    assert sorted(walk(epoch * n, n, n, seed).tolist()) == list(range(n))
+    assert sorted(walk(epoch * n, n, n, seed, reshuffle=False).tolist()) == list(range(n))
 
 
 def _rows_seen(split, seed, world, rows, micro_steps, position, count):
     """Ids of the unmasked rows of all ranks, put at the places that the layout gives them."""
     seen = {}
     for rank in range(world):
-        steps = Batches(split, seed, rank, world, rows, micro_steps).at(position, count)
+        steps = Batches(stream(split, seed), rank, world, rows, micro_steps).at(position, count)
         assert len(steps) == micro_steps
-        for j, (inputs, targets) in enumerate(steps):
+        for j, (inputs, targets, positions) in enumerate(steps):
+            assert positions is None
             assert inputs.shape == targets.shape == (rows, WIDTH - 1)
             assert str(inputs.dtype) == str(targets.dtype) == "torch.int64"
             for i in range(rows):
@@ -101,7 +117,7 @@ def _rows_seen(split, seed, world, rows, micro_steps, position, count):
 @pytest.mark.parametrize("count", [1, 7, 29, 30])
 def test_all_worlds_see_the_same_sequences_in_the_same_order(seed, count):
     n, position = 50, 20 if seed is None else 35  # with a seed the step crosses the end of an epoch
-    expected = np.arange(position, position + count) if seed is None else sequence_ids(position, count, n, seed)
+    expected = np.arange(position, position + count) if seed is None else walk(position, count, n, seed)
     for world, rows, micro_steps in [(1, 30, 1), (1, 4, 8), (2, 5, 3), (3, 2, 5), (5, 2, 3), (5, 3, 2)]:
         ids, places = _rows_seen(FakeSplit(n), seed, world, rows, micro_steps, position, count)
         assert ids == expected.tolist(), (world, rows, micro_steps)
@@ -110,14 +126,14 @@ def test_all_worlds_see_the_same_sequences_in_the_same_order(seed, count):
 
 def test_a_rank_reads_once_and_only_its_own_rows():
     split = FakeSplit(1000)
-    Batches(split, 0, 1, 4, 3, 5).at(100, 60)
+    Batches(stream(split, 0), 1, 4, 3, 5).at(100, 60)
     assert split.reads == [15]
 
 
 def test_bytes_are_those_of_all_ranks():
     split = FakeSplit(97)
-    expected = int((sequence_ids(40, 80, 97, 3) + 1).sum())
-    assert {Batches(split, 3, rank, 2, 8, 5).bytes(40, 80) for rank in range(2)} == {expected}
+    expected = int((walk(40, 80, 97, 3) + 1).sum())
+    assert {Batches(stream(split, 3), rank, 2, 8, 5).bytes(40, 80) for rank in range(2)} == {expected}
 
 
 def test_the_package_loads_without_torch():
@@ -130,9 +146,17 @@ def test_the_package_loads_without_torch():
 
 def test_batches_want_nothing_but_sequences_and_rows():
     split = SimpleNamespace(sequences=3, rows=FakeSplit(3).rows)
-    assert len(Batches(split, 0, 0, 1, 2, 1).at(0, 2)) == 1
+    assert len(Batches(stream(split, 0), 0, 1, 2, 1).at(0, 2)) == 1
 
 
 def test_the_stream_has_another_order_in_every_epoch():
-    orders = [sequence_ids(epoch * 500, 500, 500, 9) for epoch in range(4)]
+    orders = [walk(epoch * 500, 500, 500, 9) for epoch in range(4)]
     assert all((a != b).mean() > 0.9 for i, a in enumerate(orders) for b in orders[:i])
+
+
+def test_passes_repeat_where_they_are_asked_to():
+    orders = [walk(epoch * 500, 500, 500, 9, reshuffle=False).tolist() for epoch in range(4)]
+    assert all(order == walk(0, 500, 500, 9).tolist() for order in orders)
+    split = FakeSplit(50)
+    repeated = Stream({"data": Part(split, Fraction(1))}, 9, "repeat")
+    assert repeated.ids(np.arange(70))[1].tolist() == walk(0, 70, 50, 9, reshuffle=False).tolist()

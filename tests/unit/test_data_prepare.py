@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from trainer.config import DataConfig, TokenizerConfig
-from trainer.data import open_table, prepare, verify
+from trainer.data import open_table, verify
+from trainer.data import prepare as prepare_sources
 from trainer.data.corpus import documents, files
 from trainer.data.tokenizer import load_tokenizer, tokenizer_digest, train_bpe
 from trainer.files import sha256_file
@@ -44,6 +45,12 @@ def config(tmp_path, path=None, **changes):
 
 def quiet(_line: str) -> None:
     pass
+
+
+def prepare(settings, say):
+    """The table of a configuration with one source."""
+    (folder,) = prepare_sources(settings, say).values()
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +192,7 @@ def test_a_changed_corpus_makes_another_table(tmp_path):
 def test_restart_keeps_finished_parts_and_ends_the_same(tmp_path, monkeypatch):
     from importlib import import_module
 
-    module = import_module("trainer.data.prepare")
+    module = import_module("trainer.data.make")
     corpus(tmp_path / "corpus")
     monkeypatch.setattr(module, "PART_BYTES", 3000)
     whole = prepare(config(tmp_path, folder=str(tmp_path / "whole")), quiet)
@@ -205,7 +212,9 @@ def test_restart_keeps_finished_parts_and_ends_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_make_part", real)
     encode = module.encode
     monkeypatch.setattr(module, "encode", lambda tokenizer, texts: calls.append(texts) or encode(tokenizer, texts))
-    monkeypatch.setattr(module, "train_bpe", lambda *_: pytest.fail("the tokenizer was trained again"))
+    monkeypatch.setattr(
+        import_module("trainer.data.prepare"), "train_bpe", lambda *_: pytest.fail("the tokenizer was trained again")
+    )
     again = prepare(config(tmp_path), quiet)
     a, b = (json.loads((f / "table.json").read_text()) for f in (whole, again))
     assert a == b

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from trainer import config as configuration
 from trainer.config import ScheduleConfig
+from trainer.data.stream import Part, Stream
 from trainer.derive import derive
 from trainer.outcome import RunError
 from trainer.schedule import factor
@@ -50,14 +53,15 @@ def test_derived_values_follow_from_tokens_and_ranks() -> None:
     config = configuration.load(
         ROOT / "configs/quickstart.yaml", ["--train.tokens_per_step=8192", "--data.sequence_length=256"]
     )
+    data = Stream({"data": Part(SimpleNamespace(sequences=1000), Fraction(1))}, 0)
     for world, micro_steps, rows in ((1, 4, 8), (2, 2, 8), (3, 2, 6), (5, 1, 7)):
-        derived = derive(config, world, 1000)
+        derived = derive(config, world, data)
         assert (derived.sequences_per_step, derived.micro_steps, derived.rows) == (32, micro_steps, rows)
         assert world * micro_steps * rows >= 32
     with pytest.raises(RunError, match="33 ranks share a step of 32"):
-        derive(config, 33, 1000)
+        derive(config, 33, data)
     epochs = replace(config, train=replace(config.train, length="2.5 epochs"))
-    derived = derive(epochs, 1, 1000)
-    assert (derived.sequences, derived.steps, derived.epochs) == (2500, 79, 2.5)
+    derived = derive(epochs, 1, data)
+    assert (derived.sequences, derived.steps, derived.available) == (2500, 79, 2500)
     limited = replace(epochs, data=replace(config.data, max_epochs=2))
-    assert derive(limited, 1, 1000).available == 2000
+    assert derive(limited, 1, data).available == 2000

@@ -10,31 +10,48 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import config as configuration
+from trainer import runfolder
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.load import load
-from trainer.files import fsync_folder, read_json
-from trainer.model.build import architecture, build
+from trainer.files import fsync_folder, write_json
+from trainer.model.build import build, from_json, model_tensors
 from trainer.model.init import initialize
 from trainer.outcome import Outcome, RunError
-from trainer.setup import model_tensors
 
 
-def export(run: Path, checkpoint: Path, target: Path) -> float:
-    """Export `checkpoint` of the run in `run` to the new folder `target`; returns the largest difference of logits.
+def export(run: Path, checkpoint: Path, manifest: manifests.Manifest, target: Path) -> float:
+    """Export a verified checkpoint of the run in `run` to the new folder `target`; returns the largest difference of logits.
 
     Raises:
-        RunError: the target exists, the checkpoint does not verify, or the reloaded model answers differently.
+        RunError: the target exists, or the reloaded model answers differently.
     """
+    refuse_existing(target)
+    return write(restored_model(run, checkpoint, manifest), run, target)
+
+
+def refuse_existing(target: Path) -> None:
+    """Nothing is ever exported over something else."""
     if target.exists():
-        raise RunError(f"{target} exists", where=str(target), mend="remove it, or export to another folder with --to")
-    manifest = manifests.verify(checkpoint)
-    model = restored_model(run, checkpoint, manifest)
+        raise RunError(f"{target} exists", where=str(target), mend="remove it, or choose another folder with --to")
+
+
+def write(model: Any, run: Path, target: Path, records: dict[str, Any] | None = None) -> float:
+    """Write a whole model with the run's tokenizer to a new folder, and compare what `transformers` loads from there.
+
+    Args:
+        records: JSON files to lie beside the weights, by name.
+
+    Raises:
+        RunError: the reloaded model answers differently.
+    """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(parents=True)
     model.config.use_cache = True
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(run / "tokenizer", local_files_only=True).save_pretrained(partial)
+    for name, record in (records or {}).items():
+        write_json(partial / name, record)
     difference = compare(model, partial)
     if difference != 0.0:
         raise RunError(
@@ -50,24 +67,55 @@ def export(run: Path, checkpoint: Path, target: Path) -> float:
 
 def restored_model(run: Path, checkpoint: Path, manifest: manifests.Manifest) -> Any:
     """The trainer's own model in one process, with the checkpoint's weights."""
-    config = configuration.parse(manifest.config)
-    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer", local_files_only=True)
-    shape = architecture(
-        config.model,
-        vocab_size=len(tokenizer),
-        bos=tokenizer.bos_token_id,
-        eos=tokenizer.eos_token_id,
-        max_length=config.data.sequence_length,
-    )
-    model = build(shape)
-    initialize(model, config.seed, torch.device("cpu"))
+    model = unfilled_model(manifest)
     load(checkpoint, manifest, model_tensors(model), prefix="model.")
+    return model
+
+
+def unfilled_model(manifest: manifests.Manifest) -> Any:
+    """The trainer's own model in one process, its weights still to be loaded."""
+    model: Any = build(from_json(manifest.state["architecture"]))
+    initialize(model, 0, torch.device("cpu"), weights=False)
     return model.eval()
+
+
+def loaded_model(run: Path, step: int | None, export: Path | None) -> tuple[Any, int, torch.device]:
+    """A whole model that answers: of an export, or of the checkpoint of a step (none: the newest).
+
+    Returns:
+        (model, most tokens that it takes, its device).
+    """
+    if export is not None:
+        config = runfolder.open_run(run)
+        model = exported_model(export)
+    else:
+        checkpoint, manifest = manifests.pick(run, step)
+        config = configuration.parse(manifest.config)
+        model = restored_model(run, checkpoint, manifest)
+    use_cuda = torch.cuda.is_available() and config.resources.device != "cpu"
+    device = torch.device("cuda" if use_cuda else "cpu")
+    room = getattr(model.config, "max_position_embeddings", config.data.sequence_length)
+    return model.to(device), room, device
+
+
+def exported_model(folder: Path) -> Any:
+    """The model that `transformers` loads from an export, in fp32.
+
+    Raises:
+        RunError: there is none.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"no model can be loaded: {text}", where=str(folder), mend="give the folder of an export with --export"
+        ) from None
 
 
 def compare(model: Any, folder: Path) -> float:
     """Largest difference between the logits of `model` and of the model that `transformers` loads from `folder`."""
-    twin = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    twin = exported_model(folder)
     generator = torch.Generator().manual_seed(0)
     length = min(64, model.config.max_position_embeddings)
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
@@ -77,13 +125,11 @@ def compare(model: Any, folder: Path) -> float:
     return float((ours - theirs).abs().max())
 
 
-def newest_export(run: Path) -> tuple[Path, bool]:
-    """The export of the newest checkpoint of a run, made now if there is none; and whether it was made now."""
-    generations = manifests.generations(run / "checkpoints")
-    if not generations:
-        raise RunError(f"run {run.name} has no checkpoint", where=str(run), mend=f"orthogon resume {run.name}")
-    target = run / "export" / generations[0].name
-    if (target / "config.json").exists() and read_json(target / "config.json"):
+def export_of(run: Path, step: int | None = None) -> tuple[Path, bool]:
+    """The export of a run's checkpoint (none: of the newest), made now if there is none; and whether it was made now."""
+    checkpoint, manifest = manifests.pick(run, step)
+    target = run / "export" / checkpoint.name
+    if (target / "config.json").exists():
         return target, False
-    export(run, generations[0], target)
+    export(run, checkpoint, manifest, target)
     return target, True

@@ -7,13 +7,15 @@ and not there, is damage.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.files import digest, fsync_folder, read_json, sha256_file, write_json, write_text
+from trainer.files import digest, fsync_file, fsync_folder, read_json, sha256_file, write_json, write_text
+from trainer.outcome import Outcome, RunError
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -128,6 +130,96 @@ def verify(folder: Path) -> Manifest:
     for file in manifest.files:
         check_file(folder, manifest, file)
     return manifest
+
+
+def find(run: Path, step: int | None = None) -> Path:
+    """The generation of a step of the run in `run`, or the newest; not verified.
+
+    Raises:
+        RunError: there is none.
+    """
+    known = generations(run / "checkpoints")
+    if not known:
+        raise RunError(f"run {run.name} has no checkpoint", where=str(run), mend=f"orthogon resume {run.name}")
+    folder = known[0] if step is None else run / "checkpoints" / name(step)
+    if folder not in known:
+        steps = ", ".join(str(step_of(path)) for path in reversed(known))
+        raise RunError(
+            f"run {run.name} has no checkpoint of step {step}", where=str(run / "checkpoints"), mend=f"steps: {steps}"
+        )
+    return folder
+
+
+def pick(run: Path, step: int | None = None) -> tuple[Path, Manifest]:
+    """The verified generation of a step of the run in `run`, or the newest; unlike a resume it moves nothing.
+
+    Raises:
+        RunError: there is none, or it is damaged: then a tool does not take another one by itself.
+    """
+    folder = find(run, step)
+    try:
+        return folder, verify(folder)
+    except Damaged as damage:
+        known = generations(folder.parent)
+        others = ", ".join(str(step_of(path)) for path in reversed(known) if path != folder) or "none"
+        raise RunError(
+            f"{folder.name} is damaged: {damage}",
+            where=str(folder),
+            mend=f"name another step (there are: {others}); a resume moves the damaged one aside",
+            outcome=Outcome.INFRASTRUCTURE,
+        ) from None
+
+
+def step_of(folder: Path) -> int:
+    """The step of a generation, from its folder name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def lineage(run: Path, manifest: Manifest) -> dict[str, Any]:
+    """What a run that starts from a checkpoint of another remembers of it."""
+    return {
+        "run": run.name,
+        "checkpoint": name(manifest.step),
+        "position": manifest.position,
+        "manifest_sha256": digest(asdict(manifest)),
+    }
+
+
+def copy(folder: Path, manifest: Manifest, checkpoints: Path) -> str:
+    """Give another run a verified generation, complete or not at all; says whether its files are links or copies.
+
+    A generation never changes, so that two runs can share its files: removing one name leaves the other.
+
+    Raises:
+        RunError: the files vanished or changed meanwhile.
+    """
+    final = checkpoints / folder.name
+    partial = checkpoints / f"{folder.name}.tmp-copy"
+    partial.mkdir()
+    how = "linked"
+    try:
+        for file in manifest.files:
+            try:
+                os.link(folder / file, partial / file)
+            except FileNotFoundError:
+                raise
+            except OSError:  # another file system, or one without links
+                how = "copied"
+                shutil.copyfile(folder / file, partial / file)
+                fsync_file(partial / file)
+                check_file(partial, manifest, file)
+    except (Damaged, OSError) as error:
+        raise RunError(
+            f"{folder.name} could not be copied: {error}",
+            where=str(folder),
+            mend="take a checkpoint that the source keeps (checkpoint.keep), and mind the space",
+            outcome=Outcome.INFRASTRUCTURE,
+        ) from None
+    write(partial, manifest)
+    fsync_folder(partial)
+    partial.rename(final)
+    fsync_folder(checkpoints)
+    return how
 
 
 def quarantine(folder: Path, reason: str) -> Path:

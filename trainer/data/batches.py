@@ -2,57 +2,77 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.order import sequence_ids
-from trainer.data.table import Split
+from trainer.data.masking import Borders, crossing, position_ids
 
 MASKED = -100
+
+
+class MicroBatch(NamedTuple):
+    """What a rank takes through the model at once."""
+
+    inputs: Tensor
+    """(rows, L) token ids, int64."""
+    targets: Tensor
+    """(rows, L) next token ids, `MASKED` where nothing is predicted, int64."""
+    positions: Tensor | None
+    """(rows, L) places of the inputs in their documents, int64, with document masking; else None."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device."""
+        positions = None if self.positions is None else self.positions.to(device)
+        return MicroBatch(self.inputs.to(device), self.targets.to(device), positions)
+
+
+class Sequences(Protocol):
+    """Rows of L + 1 tokens by position: a stream, or a split in its natural order."""
+
+    def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+
+    def bytes(self, positions: NDArray[np.int64]) -> NDArray[np.int64]: ...
 
 
 class Batches:
     """The batches of one rank.
 
     Row i of micro-step j on rank r is sequence (j * world + r) * rows + i of the step. Every rank runs the same number
-    of micro-steps; where sequences run out, rows are fully masked.
+    of micro-steps; where sequences run out, rows are fully masked. With `borders`, documents are kept apart.
     """
 
     def __init__(
-        self, split: Split, order_seed: int | None, rank: int, world: int, rows: int, micro_steps: int
+        self, sequences: Sequences, rank: int, world: int, rows: int, micro_steps: int, borders: Borders | None = None
     ) -> None:
-        self.split, self.order_seed = split, order_seed
+        self.sequences, self.borders = sequences, borders
         self.rank, self.world, self.rows, self.micro_steps = rank, world, rows, micro_steps
 
-    def ids(self, position: int, count: int) -> NDArray[np.int64]:
-        """Ids of the sequences of a step, in the order of the stream; natural order without a seed."""
-        if self.order_seed is None:
-            if position + count > self.split.sequences:
-                raise ValueError(f"sequence {position + count - 1} is beyond the split's {self.split.sequences}")
-            return np.arange(position, position + count, dtype=np.int64)
-        return sequence_ids(position, count, self.split.sequences, self.order_seed)
-
-    def at(self, position: int, count: int) -> list[tuple[Tensor, Tensor]]:
-        """This rank's (inputs, targets), each (rows, L) int64, for every micro-step of a step of `count` sequences."""
+    def at(self, position: int, count: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step of `count` sequences."""
         room = self.world * self.rows * self.micro_steps
         if count > room:
             raise ValueError(f"{count} sequences do not fit the {room} rows of a step")
-        ids = self.ids(position, count)
         places = np.concatenate(
             [np.arange(self.rows) + (j * self.world + self.rank) * self.rows for j in range(self.micro_steps)]
         )
         real = places < count
-        # Row 0 of the split gives the masked rows their shape, also in a step without sequences.
-        tokens, _ = self.split.rows(np.concatenate([ids, [0]])[np.where(real, places, count)])
+        # Sequence 0 gives the masked rows their shape, also in a step without sequences.
+        tokens, _ = self.sequences.rows(np.where(real, position + places, 0))
         tokens[~real] = 0
-        inputs, targets = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
-        targets[~torch.from_numpy(real)] = MASKED
-        return list(zip(inputs.split(self.rows), targets.split(self.rows), strict=True))
+        targets = tokens[:, 1:].copy()
+        targets[~real] = MASKED
+        positions = [None] * self.micro_steps
+        if self.borders is not None:
+            targets[crossing(tokens, self.borders)] = MASKED
+            positions = torch.from_numpy(position_ids(tokens[:, :-1], self.borders)).split(self.rows)
+        inputs = torch.from_numpy(tokens[:, :-1].copy())
+        pairs = zip(inputs.split(self.rows), torch.from_numpy(targets).split(self.rows), positions, strict=True)
+        return [MicroBatch(*parts) for parts in pairs]
 
     def bytes(self, position: int, count: int) -> int:
         """Bytes of text behind the targets of these sequences, over all ranks."""
-        return sum(
-            int(self.split.rows(part)[1].sum()) for part in np.array_split(self.ids(position, count), count // 4096 + 1)
-        )
+        return int(self.sequences.bytes(np.arange(position, position + count)).sum())

@@ -6,6 +6,8 @@ gives a permutation of range(n). O(1) per index: seeking costs nothing, and no m
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,15 +33,22 @@ def permute(indices: NDArray[np.int64], n: int, key: tuple[int, int]) -> NDArray
     return values.astype(np.int64)
 
 
-def sequence_ids(position: int, count: int, n: int, order_seed: int) -> NDArray[np.int64]:
-    """Ids of the sequences at positions [position, position + count) of the endless stream over n sequences."""
-    positions = np.arange(position, position + count, dtype=np.int64)
-    epochs, indices = np.divmod(positions, n)
-    ids = np.empty_like(positions)
+def sequence_ids(indices: NDArray[np.int64], n: int, order_seed: int, *, reshuffle: bool = True) -> NDArray[np.int64]:
+    """Ids of the sequences at `indices` of the endless stream over n sequences: one pass after another over all of them.
+
+    With `reshuffle` each pass has an order of its own, else all have that of the first.
+    """
+    epochs, places = np.divmod(indices, n)
+    ids = np.empty_like(indices)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        ids[here] = permute(indices[here], n, (order_seed, int(epoch)))
+        ids[here] = permute(places[here], n, (order_seed, int(epoch) if reshuffle else 0))
     return ids
+
+
+def name_seed(seed: int, name: str) -> int:
+    """64 bits from a seed and a name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
 
 
 def _mix(x: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64] | np.uint64:

@@ -1,55 +1,154 @@
-"""From documents to a token table: tokenizer, tokenized parts, packed rows. Restartable, with digests."""
+"""The token tables that a configuration needs: found again by what they are made of, or made, one per source."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from trainer.config import DataConfig
-from trainer.data.corpus import Document, documents, fingerprint
-from trainer.data.pack import encode, pack
+from trainer.config import DataConfig, SourceConfig
+from trainer.config_data import SINGLE, sources_of
+from trainer.data.corpus import fingerprint, pinned
+from trainer.data.make import FORMAT, Recipe, divided, make_table
 from trainer.data.table import facts_of
 from trainer.data.tokenizer import given_digest, load_tokenizer, train_bpe
-from trainer.files import digest, fsync_file, fsync_folder, read_json, sha256_file, write_json
+from trainer.files import digest, fsync_file, fsync_folder, read_json, write_json
 from trainer.outcome import Outcome, RunError
 
-FORMAT = 2
-PART_BYTES = 32 << 20
-SPLITS = ("train", "validation")
+# What the documents of a source, and their split, depend on.
+_DOCUMENTS = ("path", "documents", "text_key", "validation_path", "validation_fraction")
 
 
-def prepare(config: DataConfig, say: Callable[[str], None]) -> Path:
-    """The folder of the token table that `config` needs, made if it is not there yet.
+def prepare(config: DataConfig, say: Callable[[str], None]) -> dict[str, Path]:
+    """The folders of the token tables of all sources, by name; those that are not there yet are made.
 
-    A killed preparation goes on where it was: the tokenizer and each finished part are kept with their digests.
+    A killed preparation goes on where it was: the tokenizer, finished tables and each finished part of a table are kept.
+    A table has its name only once it is whole.
 
     Raises:
-        RunError: no text, too little text for one sequence in a split, or an unusable tokenizer.
+        RunError: no text, too little text for one sequence in a split, an unusable tokenizer, no hub, no space.
     """
-    if config.table is not None:
-        facts_of(Path(config.table))
-        return Path(config.table)
-    key = table_key(config)
-    folder = Path(config.folder) / f"{_stem(config.path)}-{key[:12]}"
-    if (folder / "table.json").exists():
-        return folder
+    sources = sources_of(config)
+    folders = {name: _folder(name, source, config) for name, source in sources.items()}
+    for name, folder in folders.items():
+        if sources[name].table is not None:
+            facts_of(folder)
+        elif not _is_made(folder):
+            with _alone(folder, say):
+                if not _is_made(folder):
+                    _make(name, sources[name], config, folder, say)
+    return folders
+
+
+def table_key(source: SourceConfig, config: DataConfig) -> str:
+    """Digest of everything that the content of a table depends on."""
+    return digest(
+        {
+            "format": FORMAT,
+            "documents": _documents_key(source),
+            "sequence_length": config.sequence_length,
+            "tokenizer": tokenizer_key(config),
+        }
+    )
+
+
+def tokenizer_key(config: DataConfig) -> str:
+    """Digest of the given tokenizer, or of all that a trained one depends on."""
+    if config.tokenizer.path is not None:
+        return given_digest(config.tokenizer.path)
+    texts = [_documents_key(source) for source in sources_of(config).values() if source.path is not None]
+    return digest({"format": FORMAT, "vocab_size": config.tokenizer.vocab_size, "texts": texts})
+
+
+def _documents_key(source: SourceConfig) -> dict[str, Any]:
+    paths = [path for path in (source.path, source.validation_path) if path is not None]
+    settings = {name: getattr(source, name) for name in _DOCUMENTS}
+    return settings | {"files": [fingerprint(path) for path in paths]}
+
+
+def _folder(name: str, source: SourceConfig, config: DataConfig) -> Path:
+    if source.table is not None:
+        return Path(source.table)
+    stem = _stem(source.path) if name == SINGLE else name
+    return Path(config.folder) / f"{stem}-{table_key(source, config)[:12]}"
+
+
+def _is_made(folder: Path) -> bool:
+    return (folder / "table.json").exists()
+
+
+def _make(name: str, source: SourceConfig, config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
+    tokenizer = _tokenizer_folder(config, say)
+    work = _work(folder)
+    recipe = Recipe(
+        source=_pinned(source, folder),
+        tokenizer=tokenizer,
+        sequence_length=config.sequence_length,
+        key=table_key(source, config),
+        still=lambda: table_key(source, config),
+    )
+    for_whom = "" if name == SINGLE else f"{name}: "
+    make_table(recipe, work, lambda line: say(for_whom + line))
+    os.rename(work, folder)
+    fsync_folder(folder.parent)
+
+
+def _work(folder: Path) -> Path:
+    """Where the files of a table lie until it is whole."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def _pinned(source: SourceConfig, folder: Path) -> SourceConfig:
+    """The source with the commits of its hub names fixed; a restart takes those of the first start."""
+    record = folder / "table.json" if _is_made(folder) else _work(folder) / "pinned.json"
+    if not record.exists():
+        paths = {key: pinned(getattr(source, key)) for key in ("path", "validation_path")}
+        record.parent.mkdir(exist_ok=True)
+        write_json(record, paths)
+    fixed = read_json(record)
+    return replace(source, path=fixed["path"], validation_path=fixed["validation_path"])
+
+
+def _tokenizer_folder(config: DataConfig, say: Callable[[str], None]) -> Path:
+    """The tokenizer that was given, or one trained on the training documents of all sources that have text."""
+    if config.tokenizer.path is not None:
+        return Path(config.tokenizer.path)
+    folder = Path(config.folder) / f"tokenizer-{tokenizer_key(config)[:12]}"
+    with _alone(folder, say):
+        if not folder.exists():
+            _train_tokenizer(config, folder, say)
+    return folder
+
+
+def _train_tokenizer(config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with_text = {name: source for name, source in sources_of(config).items() if source.path is not None}
+    fixed = [_pinned(source, _folder(name, source, config)) for name, source in with_text.items()]
+    texts = (document.text for source in fixed for split, document in divided(source) if split == "train")
+    train_bpe(texts, config.tokenizer.vocab_size, partial)
+    for file in partial.iterdir():
+        fsync_file(file)
+    os.rename(partial, folder)
+    fsync_folder(folder.parent)
+    say(f"trained a byte-level BPE of {len(load_tokenizer(folder)):,} tokens")
+
+
+@contextmanager
+def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Only one process makes what `folder` is to hold; a full disk is a sentence."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.parent / f".{folder.name}.lock", "w")
     except OSError as error:
         raise RunError(
-            f"the data folder cannot be written: {error.strerror}", where=config.folder, mend="set data.folder"
+            f"the data folder cannot be written: {error.strerror}", where=str(folder.parent), mend="set data.folder"
         ) from None
     with lock:
         try:
@@ -57,189 +156,20 @@ def prepare(config: DataConfig, say: Callable[[str], None]) -> Path:
         except BlockingIOError:
             say(f"waiting for another process that prepares {folder.name}")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "table.json").exists():
-            try:
-                _make(config, key, folder, say)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise RunError(
-                    "no space left for the token table",
-                    where=config.folder,
-                    mend="free some and start again: finished parts are kept",
-                    outcome=Outcome.NO_SPACE,
-                ) from None
-    return folder
-
-
-def table_key(config: DataConfig) -> str:
-    """Digest of everything that the content of a table depends on."""
-    settings = asdict(config)
-    for name in ("folder", "table", "order_seed", "max_epochs"):
-        del settings[name]
-    assert config.path is not None
-    sources = [fingerprint(config.path)]
-    if config.validation_path is not None:
-        sources.append(fingerprint(config.validation_path))
-    given = None if config.tokenizer.path is None else given_digest(config.tokenizer.path)
-    return digest({"format": FORMAT, "settings": settings, "sources": sources, "tokenizer": given})
-
-
-def _make(config: DataConfig, key: str, folder: Path, say: Callable[[str], None]) -> None:
-    work = folder.with_name(folder.name + ".partial")
-    work.mkdir(exist_ok=True)
-    if not (work / "tokenizer").exists():
-        _make_tokenizer(config, work, say)
-    tokenizer = load_tokenizer(work / "tokenizer")
-    count, left_out = _make_parts(config, tokenizer, work, say)
-    if left_out:
-        say(f"left out of training: {left_out:,} documents that are also in the validation text")
-    if table_key(config) != key:
-        raise RunError("the corpus changed while it was prepared", where="data.path", mend="start again")
-    parts = [work / f"part-{index:05d}.npz" for index in range(count)]
-    width = config.sequence_length + 1
-    splits: dict[str, dict[str, Any]] = {}
-    for split in SPLITS:
-        facts = pack(parts, split, work / f"{split}.arrow", width, len(tokenizer))
-        facts["documents"] = sum(read_json(part.with_suffix(".json"))["documents"][split] for part in parts)
-        if facts["sequences"] == 0:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise RunError(
-                f"the {split} split has {facts.pop('dropped_tokens')} tokens, less than one sequence of {config.sequence_length}",
-                where="data.path" if split == "train" else "data.validation_fraction",
-                mend="give more text, a smaller data.sequence_length, or another data.validation_fraction"
-                + ("" if config.documents != "file" else ", or data.documents: paragraph"),
-            )
-        if facts["max_token"] >= len(tokenizer):
-            raise RunError(
-                f"the tokenizer gives token {facts['max_token']}, beyond its vocabulary of {len(tokenizer)}",
-                where="data.tokenizer.path",
-                mend="give a tokenizer whose ids have no holes",
-            )
-        splits[split] = facts
-    counts = splits["validation"].pop("histogram")
-    splits["train"].pop("histogram")
-    corpus = hashlib.sha256(
-        "".join(read_json(p.with_suffix(".json"))["text_sha256"] for p in parts).encode()
-    ).hexdigest()
-    facts = {
-        "format": FORMAT,
-        "key": key,
-        "path": config.path,
-        "python": platform.python_version(),
-        "corpus_digest": corpus,
-        "tokenizer_digest": given_digest(config.tokenizer.path or str(work / "tokenizer")),
-        "vocab_size": len(tokenizer),
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "sequence_length": config.sequence_length,
-        "splits": splits,
-        "left_out_of_training": left_out,
-        "unigram_bits_per_byte": unigram_bits(counts) / max(splits["validation"]["bytes"], 1),
-    }
-    write_json(work / "table.json", facts)
-    for part in parts:
-        part.unlink()
-        part.with_suffix(".json").unlink()
-    fsync_folder(work)
-    os.rename(work, folder)
-    fsync_folder(folder.parent)
-    say(
-        f"prepared {splits['train']['sequences']:,} training and {splits['validation']['sequences']:,} validation sequences"
-    )
-
-
-def unigram_bits(counts: NDArray[np.int64]) -> float:
-    """Bits that the counted tokens cost under their own unigram distribution."""
-    seen = counts[counts > 0].astype(np.float64)
-    return float(-(seen * np.log2(seen / seen.sum())).sum())
-
-
-def _make_tokenizer(config: DataConfig, work: Path, say: Callable[[str], None]) -> None:
-    partial = work / "tokenizer.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    if config.tokenizer.path is not None:
-        load_tokenizer(Path(config.tokenizer.path)).save_pretrained(partial)
-        if (Path(config.tokenizer.path) / "tokenizer.json").exists():  # byte for byte: its digest is its identity
-            shutil.copy2(Path(config.tokenizer.path) / "tokenizer.json", partial / "tokenizer.json")
-    else:
-        texts = (document.text for split, document in _split(config) if split == "train")
-        train_bpe(texts, config.tokenizer.vocab_size, partial)
-        say(f"trained a byte-level BPE of {config.tokenizer.vocab_size:,} tokens")
-    for file in partial.iterdir():
-        fsync_file(file)
-    os.rename(partial, work / "tokenizer")
-    fsync_folder(work)
-
-
-def _split(config: DataConfig) -> Iterator[tuple[str, Document]]:
-    """Every document with its split: train, validation, or "" for one left out of training.
-
-    Equal texts fall on the same side, so that the splits are disjoint.
-    """
-    assert config.path is not None
-    if config.validation_path is None:
-        for document in documents(config, config.path):
-            share = int(hashlib.sha256(document.text.encode()).hexdigest()[:8], 16) / 2**32
-            yield ("validation" if share < config.validation_fraction else "train"), document
-        return
-    held_back = set()
-    for document in documents(config, config.validation_path):
-        held_back.add(hashlib.sha256(document.text.encode()).digest())
-        yield "validation", document
-    for document in documents(config, config.path):
-        yield ("" if hashlib.sha256(document.text.encode()).digest() in held_back else "train"), document
-
-
-def _make_parts(config: DataConfig, tokenizer: Any, work: Path, say: Callable[[str], None]) -> tuple[int, int]:
-    """Tokenize the documents in parts; a part whose digest is right is not made again.
-
-    Returns the number of parts, and of documents left out of training.
-    """
-    index, size, left_out = 0, 0, 0
-    waiting: list[tuple[str, Document]] = []
-
-    def flush() -> None:
-        nonlocal index, size
-        _make_part(waiting, tokenizer, work / f"part-{index:05d}.npz", say)
-        waiting.clear()
-        index, size = index + 1, 0
-
-    for entry in _split(config):
-        if not entry[0]:
-            left_out += 1
-            continue
-        waiting.append(entry)
-        size += len(entry[1].text)
-        if size >= PART_BYTES:
-            flush()
-    if waiting:
-        flush()
-    return index, left_out
-
-
-def _make_part(entries: list[tuple[str, Document]], tokenizer: Any, path: Path, say: Callable[[str], None]) -> None:
-    text_digest = hashlib.sha256()
-    for split, document in entries:
-        text_digest.update(f"{split}\0{document.name}\0{document.text}\0".encode())
-    record = path.with_suffix(".json")
-    if record.exists() and path.exists():
-        facts = read_json(record)
-        if facts["text_sha256"] == text_digest.hexdigest() and facts["sha256"] == sha256_file(path):
-            say(f"{path.name} is there already")
-            return
-    arrays: dict[str, NDArray[Any]] = {}
-    for split in SPLITS:
-        texts = [document.text for where, document in entries if where == split]
-        arrays[f"{split}_tokens"], arrays[f"{split}_bytes"] = encode(tokenizer, texts)
-    with open(path, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    fsync_file(path)
-    counted = {split: sum(where == split for where, _ in entries) for split in SPLITS}
-    write_json(record, {"text_sha256": text_digest.hexdigest(), "sha256": sha256_file(path), "documents": counted})
-    say(f"tokenized {path.name}: {sum(len(arrays[f'{s}_tokens']) for s in SPLITS):,} tokens")
+                "no space left for the token table",
+                where=str(folder.parent),
+                mend="free some and start again: finished parts are kept",
+                outcome=Outcome.NO_SPACE,
+            ) from None
 
 
 def _stem(path: str | list[str] | None) -> str:
     first = path if isinstance(path, str) else (path or ["table"])[0]
-    stem = Path(first.rstrip("/*")).stem or "table"
+    stem = Path(first.split(",")[0].rstrip("/*")).stem or "table"
     return "".join(c if c.isalnum() else "-" for c in stem)[:32]

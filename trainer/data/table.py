@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +15,42 @@ from trainer.files import read_json, sha256_file
 from trainer.outcome import RunError
 
 
+class Rows(Protocol):
+    """Rows of tokens by their ids: a split of a table, or a choice of its rows."""
+
+    @property
+    def sequences(self) -> int: ...
+
+    def rows(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+
+    def bytes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]: ...
+
+
 class Split:
     """One split: `sequences` rows of sequence_length + 1 tokens; neighbours overlap by one."""
 
     def __init__(self, path: Path) -> None:
         from datasets import Dataset
 
-        self._rows = Dataset.from_file(str(path)).with_format("numpy")
-        self.sequences: int = self._rows.num_rows
+        dataset = Dataset.from_file(str(path))
+        self._rows = dataset.with_format("numpy")
+        self._sizes = dataset.select_columns(["bytes"]).with_format("numpy")
+        self.sequences: int = dataset.num_rows
 
     def rows(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(tokens (n, L + 1), bytes of text behind each row's targets (n,)), both int64."""
-        found = self._rows[ids.tolist()]
+        found = self._rows[self._within(ids)]
         return np.asarray(found["tokens"]).astype(np.int64), np.asarray(found["bytes"]).astype(np.int64)
+
+    def bytes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bytes of text behind each row's targets (n,), without reading the tokens."""
+        return np.asarray(self._sizes[self._within(ids)]["bytes"]).astype(np.int64)
+
+    def _within(self, ids: NDArray[np.int64]) -> list[int]:
+        if len(ids) and ids.max() >= self.sequences:
+            raise ValueError(f"sequence {ids.max()} is beyond the split's {self.sequences}")
+        found: list[int] = ids.tolist()
+        return found
 
 
 @dataclass(frozen=True)

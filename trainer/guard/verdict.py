@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from trainer.distributed import sum_over_ranks, world
+from trainer.distributed import sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,16 @@ class Verdict:
 
 
 def agree(
-    parameters: list[Any], loss_sum: float, tokens: int, expected: int, *, signal: bool, timeout: bool, save_due: bool,
+    gradients: list[tuple[Tensor, int]], loss_sum: float, tokens: int, expected: int, *, signal: bool, timeout: bool, save_due: bool,
     rejected: int, device: torch.device,
 ) -> Verdict:  # fmt: skip
-    """Reduce this rank's sums and flags. Gradients are of `loss_sum / expected`, and stay as they are."""
-    square = float(local_square(parameters))
+    """Reduce this rank's sums and flags.
+
+    Args:
+        gradients: this rank's share of the gradients of `loss_sum / expected`, each with the number of ranks that hold a
+            copy of it.
+    """
+    square = float(local_square(gradients))
     facts = [loss_sum, float(tokens), square, float(signal), float(timeout), float(save_due), float(rejected)]
     total, count, square, signals, timeouts, saves, refused = sum_over_ranks(facts, device)
     ratio = expected / max(count, 1.0)
@@ -57,29 +60,10 @@ def agree(
 
 
 @torch.no_grad()
-def local_square(parameters: list[Any]) -> Tensor:
-    """This rank's part of the squared gradient norm, float64: shards as they are, replicas divided by their number."""
-    shards: list[Tensor] = []
-    wholes: list[Tensor] = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        if isinstance(gradient, DTensor):
-            shards.append(gradient.to_local())
-        else:
-            wholes.append(gradient)
+def local_square(gradients: list[tuple[Tensor, int]]) -> Tensor:
+    """This rank's part of the squared gradient norm, float64: what several ranks hold is divided by their number."""
     total = torch.zeros((), dtype=torch.float64)
-    for tensors, copies in ((shards, 1), (wholes, world())):
-        if tensors:
-            norms = torch.stack([norm.double() for norm in torch._foreach_norm(tensors)])
-            total = total + norms.square().sum().cpu() / copies
+    for copies in sorted({copies for _, copies in gradients}):
+        norms = torch._foreach_norm([tensor for tensor, number in gradients if number == copies])
+        total = total + torch.stack([norm.double() for norm in norms]).square().sum().cpu() / copies
     return total
-
-
-@torch.no_grad()
-def scale_gradients(parameters: list[Any], factor: float) -> None:
-    """Multiply all gradients by `factor`, in place."""
-    if factor != 1.0:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)

@@ -36,7 +36,7 @@ class GroupMetrics:
             torch.tensor(
                 [1 / copies(p) for p in group["params"]], dtype=torch.float64, device=group["params"][0].device
             )
-            for group in self.groups
+            for group in (self.groups if every is not None else [])
         ]
         self._pending: tuple[Tensor, float, list[tuple[float, float]]] | None = None
 

@@ -11,6 +11,9 @@ from typing import Any
 from trainer.files import write_text
 from trainer.metrics.follow import HURRY, PATIENCE, Follower
 
+# How the names of what depends on the clock end; all else of a record repeats bit for bit.
+TIMINGS = ("seconds", "per_second", "mfu")
+
 
 class History:
     """Appends records, and hands them to the followers; `None` as path (ranks other than 0) writes nothing."""
@@ -45,6 +48,11 @@ def read(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return records
+
+
+def lasting(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without its timings: what an equal run repeats."""
+    return {key: value for key, value in record.items() if not key.endswith(TIMINGS)}
 
 
 def cut(path: Path, step: int) -> None:

@@ -34,8 +34,15 @@ class Progress:
             self._clear()
             self.console.print(text, markup=False)
 
-    def step(self, step: int, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
-        """The line of a step (counted from 1)."""
+    def stage(self, text: str) -> None:
+        """What goes on now, on a terminal only; the next line replaces it, and an empty text removes it."""
+        if self.live:
+            self._clear()
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def step(self, step: int, loss: float, bits_per_byte: float, tokens_per_second: float, mfu: float | None) -> None:
+        """The line of a step (counted from 1); `mfu` is None where it is unknown."""
         if not self.shown:
             return
         now = time.monotonic()
@@ -49,7 +56,7 @@ class Progress:
         width = len(str(self.steps))
         line = (
             f"step {step:>{width}}/{self.steps}  loss {loss:.4f}  bits/byte {bits_per_byte:.4f}  "
-            f"{tokens_per_second:,.0f} tokens/s  ETA {eta}"
+            f"{tokens_per_second:,.0f} tokens/s  MFU {'unknown' if mfu is None else f'{mfu:.1%}'}  ETA {eta}"
         )
         if self.live:
             sys.stdout.write(f"\r\x1b[2K{line}")

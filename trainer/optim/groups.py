@@ -7,17 +7,23 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd as _Convolution
 
 from trainer.optim.options import GROUPING
 from trainer.optim.sharded import ShardedOptimizer, orthogonalizes, rule_of
 from trainer.outcome import RunError
 
 
-def build_optimizer(model: nn.Module, options: Any, *, spread_replicas: bool = False) -> ShardedOptimizer:
-    """One optimizer over all parameters of `model`.
+def build_optimizer(model: nn.Module, options: Any, **engine: Any) -> ShardedOptimizer:
+    """One optimizer over all parameters of `model`; `engine` goes to `ShardedOptimizer`. See `parameter_groups`."""
+    return ShardedOptimizer(parameter_groups(model, options), **engine)
+
+
+def parameter_groups(model: nn.Module, options: Any) -> list[dict[str, Any]]:
+    """Groups over all parameters of `model`, as `ShardedOptimizer` takes them.
 
     Hidden matrices get the rule of `options`; embeddings, head, routers, norms, biases and scalars get AdamW. Weight
-    decay acts on matrices outside the embeddings only. GPT-2's Conv1D weights are (inputs, outputs) and are seen
+    decay acts on matrices outside the embeddings only. Weights that are stored as (inputs, outputs) are seen
     transposed. Parameters with the same multipliers, blocks and orientation share a group.
 
     Raises:
@@ -27,7 +33,7 @@ def build_optimizer(model: nn.Module, options: Any, *, spread_replicas: bool = F
     rule = rule_of(options.name)
     own = {key: value for key, value in asdict(options).items() if key not in GROUPING}
     rest = {k: v for k, v in asdict(options.adamw).items() if k not in GROUPING} if orthogonalizes(rule) else own
-    transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+    transposed = stored_transposed(model)
     split, multipliers = Patterns(options, "split"), Patterns(options, "multipliers")
     groups: dict[Any, dict[str, Any]] = {}
     for label, named in (("matrices", matrices), ("embeddings", embeddings), ("vectors", vectors)):
@@ -47,7 +53,7 @@ def build_optimizer(model: nn.Module, options: Any, *, spread_replicas: bool = F
             groups.setdefault(key, entry)["params"].append((name, parameter))
     split.check()
     multipliers.check()
-    return ShardedOptimizer(groups.values(), spread_replicas=spread_replicas)
+    return list(groups.values())
 
 
 class Patterns:
@@ -87,8 +93,24 @@ def block_rows(name: str, rows: int, split: int | list[int] | None) -> list[int]
     return blocks if len(blocks) > 1 else []
 
 
+def stored_transposed(model: nn.Module) -> set[str]:
+    """Names of the weights that lie as (inputs, outputs): GPT-2's Conv1D, and the experts of some mixtures."""
+    conv1d = {f"{name}.weight" for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+    experts = (
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if getattr(module, "is_transposed", False) is True
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    )
+    return conv1d | set(experts)
+
+
 def classify(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
-    """(hidden matrices, embeddings and head and routers, the rest), as (name, parameter); tied weights count once."""
+    """(hidden matrices, embeddings and head and routers, the rest), as (name, parameter); tied weights count once.
+
+    The rest are vectors, the biases of all experts in one tensor, and the kernels of convolutions.
+    """
     ends = set()
     for get in ("get_input_embeddings", "get_output_embeddings"):
         module = getattr(model, get)() if hasattr(model, get) else None
@@ -105,7 +127,7 @@ def classify(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str
             router = module_name.rpartition(".")[2] in ("gate", "router") or "Router" in type(module).__name__
             if module in ends or isinstance(module, nn.Embedding) or (router and parameter.ndim > 1):
                 embeddings.append((full, parameter))
-            elif parameter.ndim < 2:
+            elif parameter.ndim < 2 or name.endswith("bias") or isinstance(module, _Convolution):
                 vectors.append((full, parameter))
             else:
                 matrices.append((full, parameter))

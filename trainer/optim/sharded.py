@@ -63,7 +63,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             rule = rule_of(group["rule"])
             for position, parameter in enumerate(group["params"]):
                 _check(self._name(index, position), parameter, group, orthogonalizes(rule))
-                self.state[parameter] = rule.init_state(_logical(parameter, group), group)
+                state = rule.init_state(_logical(parameter, group), group)
+                self.state[parameter] = {key: _logical(value, group) for key, value in state.items()}
         if not self.state:
             raise ValueError("the optimizer was given no parameters; is an iterator used up?")
         self._plan()
@@ -164,7 +165,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for p, w in zip(parameters, weights, strict=True)
         ]
         keys = self.state[parameters[0]].keys()
-        return weights, gradients, {key: [_local(self.state[p][key]) for p in parameters] for key in keys}
+        state = {key: [_logical(_local(self.state[p][key]), group) for p in parameters] for key in keys}
+        return weights, gradients, state
 
     def take_rejected(self) -> int:
         """Matrices rejected since the last call, whose update was not finite or out of norm; of those that this rank
@@ -242,8 +244,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _logical(tensor: Tensor, group: dict[str, Any]) -> Tensor:
-    """The tensor with rows as outputs."""
-    return tensor.mT if group.get("transposed") else tensor
+    """A tensor as a rule sees it, with rows as outputs, or such a tensor as it is stored."""
+    return tensor.mT if group.get("transposed") and tensor.ndim > 1 else tensor
 
 
 def _complete(group: dict[str, Any]) -> dict[str, Any]:

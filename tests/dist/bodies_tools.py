@@ -1,0 +1,38 @@
+"""Tools inside warm ranks. Imported by spawned processes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from trainer import runfolder
+from trainer.evaluate.choices import Row, log_likelihoods
+from trainer.evaluate.task import evaluate as evaluated
+from trainer.outcome import RunError
+
+
+def evaluate(
+    folder: str, tasks: list[str], overrides: list[str], step: int | None = None, export: str | None = None
+) -> dict[str, Any]:
+    """What `orthogon evaluate` finds; an orderly error as its text."""
+    try:
+        config = runfolder.open_run(Path(folder), overrides)
+        source = Path(export) if export is not None else None
+        return evaluated(Path(folder), config, step, source, [Path(task) for task in tasks])
+    except RunError as error:
+        return {"error": str(error)}
+
+
+def likelihoods_of_a_model_that_sees_its_batch() -> list[float]:
+    """Log-likelihoods of 11 rows under a model whose logits depend on all rows of a batch and on its width."""
+
+    def model(input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        seen = float(input_ids.sum()) + 0.5 * input_ids.shape[1]
+        return SimpleNamespace(logits=torch.sin(torch.arange(20.0) * seen).expand(*input_ids.shape, 20))
+
+    rows = [Row(ids=[(3 * i + j) % 20 for j in range(3 + i % 4)], start=1, cut=0) for i in range(11)]
+    return log_likelihoods(model, rows, 2, nullcontext, torch.device("cpu"))

@@ -1,0 +1,126 @@
+"""`orthogon evaluate`: a checkpoint's validation loss and its accuracy on multiple-choice tasks, on any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import assembly, distributed, setup
+from trainer.checkpoint import manifest as manifests
+from trainer.checkpoint.export import exported_model
+from trainer.checkpoint.load import load
+from trainer.config import RunConfig
+from trainer.data import Data
+from trainer.data.batches import Batches
+from trainer.data.masking import Borders
+from trainer.evaluate.choices import read_questions, score
+from trainer.evaluate.loss import mixed, validation_losses
+from trainer.evaluate.text import load_tokenizer
+from trainer.metrics.progress import Progress
+from trainer.model.build import model_tensors
+from trainer.model.init import initialize, place
+from trainer.outcome import RunError
+from trainer.parallel import fsdp2
+
+
+@dataclass
+class Evaluation:
+    """What `validation_losses` needs of a run."""
+
+    config: RunConfig
+    data: Data
+    model: Any
+    strategy: Any
+    validation: dict[str, Batches]
+    device: torch.device
+
+
+def evaluate(
+    folder: Path, config: RunConfig, step: int | None, export: Path | None, tasks: list[Path]
+) -> dict[str, Any]:
+    """Evaluate the checkpoint of `step` (none: the newest), or the weights of `export`; collective over all ranks.
+
+    Raises:
+        RunError: on all ranks alike: no such checkpoint, a task that cannot be read, other data than the run's.
+    """
+    device = distributed.start(config.resources)
+    shown = Progress(distributed.rank() == 0, 0)
+    shown.stage("reading the data")
+    rank, world = distributed.rank(), distributed.world()
+    questions = distributed.on_rank_zero(lambda: {str(path): read_questions(path) for path in tasks})
+    opened = setup.open_data(config, folder, Progress(False, 0))
+    if config.parallel.name == "deepspeed":  # it trains; its checkpoints are those of all strategies
+        config = replace(config, parallel=fsdp2.Options())
+    strategy = distributed.together(lambda: assembly.open_strategy(config, device, world))
+    _, below = assembly.starting_point(config, folder)
+    shape = distributed.together(lambda: assembly.shape_of(config, opened.tokenizer, below))
+    model = distributed.together(lambda: assembly.make(config, shape, strategy)).model
+    initialize(model, config.seed, strategy.initial_device, weights=False)
+    if export is None:
+        path, manifest = distributed.on_rank_zero(lambda: manifests.pick(folder, step))
+        distributed.together(lambda: setup.check_data(manifest, opened.identity()))
+        load(path, manifest, model_tensors(model), prefix="model.")
+        source = {"checkpoint": path.name, "step": manifest.step, "sequences_trained_on": manifest.position}
+    else:
+        distributed.together(lambda: fill(model, export))
+        source = {"export": str(export)}
+    strategy.connect(model, None)
+    rows = 8 if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
+    shown.stage("validation loss")
+    borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
+    validation = {n: Batches(split, rank, world, rows, 1, borders) for n, split in opened.validation.items()}
+    results = validation_losses(Evaluation(config, opened, model, strategy, validation, device))
+    loss, value = mixed(results, opened.weights)
+    answer: dict[str, Any] = {
+        "run": folder.name,
+        **source,
+        "validation": {
+            "loss": loss, "bits_per_byte": value, "share_of_unigram": value / opened.unigram_bits_per_byte,
+            "tokens": sum(result.tokens for result in results.values()),
+            "bytes": sum(result.bytes for result in results.values()),
+        },
+    }  # fmt: skip
+    if len(results) > 1:
+        answer["validation"]["sources"] = {
+            name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte, "tokens": r.tokens} for name, r in results.items()
+        }
+    if questions:
+        tokenizer = distributed.together(lambda: load_tokenizer(folder))
+        model.eval()
+        answer["tasks"] = {}
+        stems = [path.stem for path in tasks]
+        for name, some in questions.items():
+            shown.stage(f"task {name}")
+            short = name if stems.count(Path(name).stem) > 1 else Path(name).stem
+            answer["tasks"][short] = distributed.together(
+                lambda some=some: score(
+                    model, tokenizer, some, length=config.data.sequence_length, batch=rows, device=device,
+                    context=strategy.context,
+                )
+            )  # fmt: skip
+    shown.stage("")
+    return answer
+
+
+@torch.no_grad()
+def fill(model: Any, export: Path) -> None:
+    """Give a (sharded) model the weights of an export, which each rank reads whole on its CPU.
+
+    Raises:
+        RunError: it is no export, or of another model.
+    """
+    whole = dict(model_tensors(exported_model(export)))
+    tensors = model_tensors(model)
+    for name in sorted(whole.keys() | tensors.keys()):
+        theirs, ours = (list(side[name].shape) if name in side else None for side in (whole, tensors))
+        if theirs != ours:
+            raise RunError(
+                f"{name} is {theirs} in the export and {ours} in the run",
+                where=str(export),
+                mend="give an export of this run's model",
+            )
+    for name, tensor in tensors.items():
+        place(whole[name], tensor)

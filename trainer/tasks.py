@@ -1,0 +1,198 @@
+"""The tasks of `python -m trainer` beside training: what needs torch and is asked for by a verb of `orthogon`.
+
+One registry: `TASKS` names each task's options and its function. torch is imported by the function that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer import config as configuration
+from trainer.files import write_json
+from trainer.outcome import RunError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its line in the help, its options beside the target, and its work."""
+
+    help: str
+    work: Callable[[Namespace, list[str]], None]
+    options: Callable[[ArgumentParser], None] = lambda parser: None
+    overrides: bool = False
+    """Whether it takes `--section.key=value`."""
+
+
+def prepare(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer import data
+
+    config = configuration.load(arguments.target, overrides)
+    folders = data.prepare(config.data, lambda line: print(line, flush=True))
+    opened = data.open_data(folders, config.data)
+    for name, line in data.summary(opened):
+        print(f"{name}: {folders[name]}\n  {line}")
+    print(f"tokenizer: {opened.tokenizer['vocab_size']:,} tokens, digest {opened.tokenizer['tokenizer_digest'][:12]}")
+
+
+def verify_table(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer import data
+
+    data.verify(arguments.target)
+    print(f"{arguments.target}: good")
+
+
+def export(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer.checkpoint import export as exports
+    from trainer.checkpoint import manifest as manifests
+
+    folder, manifest = manifests.pick(arguments.target, arguments.step)
+    goal = arguments.to or arguments.target / "export" / folder.name
+    difference = exports.export(arguments.target, folder, manifest, goal)
+    print(f"exported {folder.name} to {goal}; largest difference of logits: {difference:g}")
+
+
+def average(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer.checkpoint.average import average_checkpoints
+
+    average_checkpoints(arguments.target, arguments.steps, arguments.decay, arguments.to, print)
+
+
+def evaluate(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer import distributed, runfolder
+    from trainer.evaluate.task import evaluate as evaluated
+
+    config = runfolder.open_run(arguments.target, overrides)
+    answer = evaluated(arguments.target, config, arguments.step, arguments.export, arguments.tasks)
+    if distributed.rank() == 0:
+        write_json(arguments.answer / "answer.json", answer)
+    distributed.stop()
+
+
+def harness(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer.evaluate.harness import harness as harnessed
+
+    answer = harnessed(
+        arguments.target, arguments.step, arguments.export, arguments.tasks, arguments.include, arguments.limit
+    )
+    write_json(arguments.answer / "answer.json", answer)
+
+
+def generate(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer.checkpoint.export import loaded_model
+    from trainer.evaluate.sampling import Sampling
+    from trainer.evaluate.text import generate as pieces
+    from trainer.evaluate.text import load_tokenizer
+
+    prompts = [*arguments.prompt, *_lines(arguments.prompts)]
+    tokenizer = load_tokenizer(arguments.target)
+    model, room, device = loaded_model(arguments.target, arguments.step, arguments.export)
+    sampling = Sampling(
+        tokens=arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
+        seed=arguments.seed,
+    )  # fmt: skip
+    shown = None
+    for index, piece, text in pieces(
+        model, tokenizer, prompts, sampling, room=room, device=device, batch=arguments.batch
+    ):
+        if arguments.json:
+            if text is not None:
+                print(json.dumps(vars(text), ensure_ascii=False), flush=True)
+        elif arguments.batch == 1:
+            if shown != index:
+                print(("" if shown is None else "\n") + prompts[index], end="", flush=True)
+                shown = index
+            print(piece, end="" if text is None else "\n", flush=True)
+        elif text is not None:
+            print(("" if index == 0 else "\n") + text.prompt + text.continuation, flush=True)
+        if text is not None and text.cut:
+            print(f"[the first {text.cut} tokens of the prompt were left out: the model takes {room}]", file=sys.stderr)
+        if text is not None and text.ended == "context":
+            print(f"[stopped after {text.tokens} tokens: the model takes {room} in all]", file=sys.stderr)
+
+
+def _lines(path: Path | None) -> list[str]:
+    """The lines of a file of prompts that are not empty."""
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line] if path is not None else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"the prompts cannot be read: {error}", where=str(path), mend="check the file") from None
+
+
+def finish(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer.finish import finish as finished
+
+    finished(arguments.target)
+
+
+def _checkpoint_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--step", type=int, default=None)
+
+
+def _weights_options(parser: ArgumentParser) -> None:
+    _checkpoint_options(parser)
+    parser.add_argument("--export", type=Path, default=None)
+
+
+def _export_options(parser: ArgumentParser) -> None:
+    _checkpoint_options(parser)
+    parser.add_argument("--to", type=Path, default=None)
+
+
+def _average_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, nargs="*", default=[])
+    parser.add_argument("--decay", type=float, default=None)
+    parser.add_argument("--to", type=Path, default=None)
+
+
+def _evaluate_options(parser: ArgumentParser) -> None:
+    _weights_options(parser)
+    parser.add_argument("--tasks", type=Path, nargs="*", default=[])
+    parser.add_argument("--answer", type=Path, required=True)
+
+
+def _harness_options(parser: ArgumentParser) -> None:
+    _weights_options(parser)
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--include", type=Path, default=None)
+    parser.add_argument("--limit", type=int, default=None)
+    parser.add_argument("--answer", type=Path, required=True)
+
+
+def _generate_options(parser: ArgumentParser) -> None:
+    _weights_options(parser)
+    parser.add_argument("--prompt", action="append", default=[])
+    parser.add_argument("--prompts", type=Path, default=None)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int, default=None)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+
+
+TASKS: dict[str, Task] = {
+    "prepare": Task("make the token table", prepare, overrides=True),
+    "verify-table": Task("check a token table", verify_table),
+    "export": Task("a checkpoint in the Hugging Face format", export, _export_options),
+    "average": Task("the average of several checkpoints in the Hugging Face format", average, _average_options),
+    "evaluate": Task("validation loss and multiple choice, on every rank", evaluate, _evaluate_options, overrides=True),
+    "harness": Task("tasks of lm-eval on an export", harness, _harness_options),
+    "generate": Task("continue prompts", generate, _generate_options),
+    "finish": Task("verify, export, figure, sample", finish),
+}
+
+
+def run(name: str, arguments: Namespace, overrides: list[str]) -> Any:
+    """Do a task."""
+    if name != "prepare":
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    TASKS[name].work(arguments, overrides)
