@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
     monkeypatch.setattr(tensorboard, "Sink", Fresh)
     (tmp_path / "r").mkdir()
-    (tmp_path / "r/run.json").write_text(json.dumps({"created": 1.0}))
+    (tmp_path / "r/run.json").write_text(json.dumps({"name": "r", "created": 1.0}))
     return tmp_path / "r"
 
 
@@ -92,6 +92,14 @@ def test_a_sink_that_takes_back_gets_replayed_steps_again_and_another_one_not(fo
     monkeypatch.setattr(tensorboard, "REWINDS", True)
     attempt(folder, ONE, 4, 7, 0.25)
     assert sink.taken[-4:] == [(7, 3.5), (5, 5.25), (6, 4.25), (7, 3.25)]
+
+
+def test_an_unreadable_count_sends_all_again(folder) -> None:
+    sink = tensorboard.Sink
+    attempt(folder, ONE, 0, 2, 0.0)
+    (folder / "sinks/tensorboard.json").write_text('{"id": "gi')
+    attempt(folder, ONE, 2, 3, 0.0)
+    assert [step for step, _ in sink.taken] == [1, 2, 1, 2, 3]
 
 
 def test_missing_packages_and_doubles_are_refused(tmp_path, monkeypatch) -> None:

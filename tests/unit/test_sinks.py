@@ -49,7 +49,7 @@ def attempt(folder: Path, sinks: list[dict[str, str]], resumed: int, last: int, 
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sinks") / "runs" / "r"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"created": 1.0}))
+    (folder / "run.json").write_text(json.dumps({"name": "r", "created": 1.0}))
     with pytest.MonkeyPatch.context() as patch:
         for key, value in SECRETS.items():
             patch.setenv(key, value)

@@ -74,7 +74,8 @@ def follow(
         records: the history up to there; what a sink has not taken of it, it gets first.
         tell: says the one sentence of a sink that fails. Called from another thread.
     """
-    run = digest([config.name, read_json(folder / "run.json")["created"]])[:16]
+    record = read_json(folder / "run.json")
+    run = digest([record["name"], record["created"]])[:16]
     resolved = configuration.resolved(config)
     flat = configuration.flatten(resolved)
     followers = []
@@ -105,7 +106,11 @@ class State:
 
     @classmethod
     def read(cls, path: Path) -> State:
-        return cls(path, **read_json(path)) if path.exists() else cls(path)
+        """The state so far; without a readable file nothing was taken."""
+        try:
+            return cls(path, **read_json(path))
+        except (OSError, ValueError, TypeError):
+            return cls(path)
 
     def write(self) -> None:
         """Replace the file. Survives the end of the process, not a power cut: then some records are sent twice."""

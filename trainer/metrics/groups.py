@@ -78,13 +78,18 @@ class GroupMetrics:
             gradient, update, weight = (values[index + part * count] for part in range(3))
             shrink = rate * decay * self.steps_per_epoch  # share of a weight that an epoch takes away
             found[name] = {
-                "gradient_norm": math.sqrt(gradient) * ratio,
-                "update_rms": math.sqrt(update / elements),
-                "weight_rms": math.sqrt(weight / elements),
+                "gradient_norm": _root(gradient, ratio),
+                "update_rms": _root(update / elements),
+                "weight_rms": _root(weight / elements),
                 "learning_rate": rate,
                 "tau_epochs": 1 / shrink if shrink else None,
             }
         return {"groups": found}
+
+
+def _root(value: float, factor: float = 1.0) -> float | None:
+    """None for what JSON has no number for: weights that an update has blown up."""
+    return math.sqrt(value) * factor if math.isfinite(value) else None
 
 
 def names(labels: list[str]) -> list[str]:
