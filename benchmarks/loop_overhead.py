@@ -74,8 +74,8 @@ def measure(folder: Path, steps: int, rounds: int) -> None:
     fixed = run.batches.at(0, run.derived.sequences_per_step)
 
     def bare() -> None:
-        for inputs, targets in fixed:
-            (summed_loss(run.strategy.forward, inputs, targets) / expected).backward()
+        for batch in fixed:
+            (summed_loss(run.strategy.forward, *batch) / expected).backward()
         run.optimizer.step()
         for parameter in run.parameters:
             parameter.grad = None

@@ -118,7 +118,7 @@ class EvaluateConfig:
     every: Interval = "500 steps"
     """Interval between validations, in steps; the end of a run always validates."""
     sequences: Positive | None = None
-    """First so many validation sequences; none takes all."""
+    """First so many validation sequences of each source; none takes all."""
     prompts: list[str] = field(default_factory=list)
     """Texts that the model continues at every validation, into `samples.jsonl`; the run is bit-equal with and without."""
     tokens: Positive = 64

@@ -161,7 +161,8 @@ def check_data(data: DataConfig, length: str, source: Source) -> None:
         RunError: a source without text or with two, weights that do not sum to 1 or are too fine, a key that would do
             nothing, a hub name that is none, a length in epochs of an unknown source.
     """
-    sections = {f"data.mixture.{name}": one for name, one in data.mixture.items()} or {"data": data}
+    sections: dict[str, SourceConfig] = {f"data.mixture.{name}": one for name, one in data.mixture.items()}
+    sections = sections or {"data": data}
     if data.mixture:
         _check_keys(data, source)
     for section, one in sections.items():

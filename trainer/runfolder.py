@@ -27,11 +27,17 @@ def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None
         lineage: the run and the checkpoint that it starts from, if it does.
 
     Raises:
-        RunError: a run of this name exists, or the folder cannot be written.
+        RunError: a run of this name exists, the folder cannot be written, or what the run starts from is not there.
     """
     from trainer import config as configuration
 
-    folder = config.folder
+    folder, source = config.folder, config.model.init_from
+    if source is not None and not Path(source).is_dir():
+        raise RunError(
+            f"there is no folder {source}",
+            where="model.init_from",
+            mend="give a folder of weights, a run or a checkpoint",
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()

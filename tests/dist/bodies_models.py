@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +23,12 @@ from trainer.outcome import RunError
 def train(path: str, name: str, *overrides: str) -> dict[str, Any]:
     """Train a tiny model of an architecture."""
     return bodies_run.train(path, [f"--model.config={ARCHITECTURES[name]!r}", *overrides])
+
+
+def compiled(path: str, *overrides: str) -> dict[str, Any]:
+    """Train with compiled blocks, by the tracing half of the compiler alone."""
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        return train(path, "llama", "--train.compile=true", *overrides)
 
 
 def start(path: str, overrides: list[str]) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def test_it_trains_and_its_export_gives_the_same_logits(name, trained, place) ->
 def test_chunks_of_the_loss_change_it_by_rounding_only(name, trained, group, place) -> None:
     overrides = (f"--name={slug(name)}-chunks", STEPS, "--optim.lr=0.02", "--train.loss_chunk=5")
     result = group(2, bodies.train, str(place / "run.yaml"), name, *overrides)[0]
+    norms = [r["history"][0]["gradient_norm"] for r in (result, trained(name))]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     # AdamW turns rounding of gradients near zero into full steps, hence not closer after the first.
     assert result["loss"][0] == pytest.approx(trained(name)["loss"][0], rel=1e-6)
     assert result["loss"] == pytest.approx(trained(name)["loss"], rel=1e-3)
@@ -72,6 +74,12 @@ def test_checkpointing_of_activations_changes_no_bit(name, mode, trained, group,
     overrides = (f"--name={slug(name)}-{mode}", STEPS, "--optim.lr=0.02", f"--train.activation_checkpointing={mode}")
     result = group(2, bodies.train, str(place / "run.yaml"), name, *overrides)[0]
     assert result["tensors"] == trained(name)["tensors"]
+
+
+def test_compiled_blocks_train_alike(trained, group, place) -> None:
+    options = ("--train.loss_chunk=7", "--train.activation_checkpointing=selective", STEPS, "--optim.lr=0.02")
+    result = group(2, bodies.compiled, str(place / "run.yaml"), "--name=compiled", *options)[0]
+    assert result["loss"] == pytest.approx(trained("llama")["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])

@@ -114,6 +114,57 @@ def test_bad_values_are_refused_with_a_mend(tmp_path: Path, override: str, words
     assert "hunter22" not in str(error.value)
 
 
+MIXTURE = MINIMAL.replace(
+    "  path: stdlib\n",
+    "  mixture:\n    web: {path: stdlib, weight: 2/3}\n    code: {path: 'hub:a/b,split=x', weight: 1/3}\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what", "where", "mend"),
+    [
+        (["web.weight=0.6"], "sum to 0.933333333333", "run.yaml:5 (data.mixture)", "code 1/3, web 0.6"),
+        (["web.weight=0"], "above 0 and at most 1", "--data.mixture.web.weight", "correct"),
+        (["web.weight=much"], "'much' is no share", "--data.mixture.web.weight", "correct"),
+        (["web.weght=0.6"], "unknown key data.mixture.web.weght", "--data.mixture.web.weght", "did you mean weight?"),
+        (["more.path=x"], "data.mixture.more.weight is missing", "run.yaml:5", "add"),
+        (["web.weight=0.66666667", "code.weight=0.33333333"], "too fine", "run.yaml:5", "six decimals"),
+        (["web.table=x"], "data.mixture.web needs one of", "run.yaml:6", "table"),
+        (["web.table=x", "web.path=null"], "needs the tokenizer of the tables", "run.yaml:5", "x/tokenizer"),
+        (["code.path=hub:a/b,splt=x"], "'splt=x' in 'hub:a/b,splt=x'", "--data.mixture.code.path", "split="),
+        (["web.validation_path=hub:a b"], "names no dataset", "--data.mixture.web.validation_path", "hub:OWNER/NAME"),
+    ],
+)
+def test_bad_mixtures_are_refused_with_line_and_mend(tmp_path: Path, overrides, what, where, mend) -> None:
+    path = write(tmp_path, MIXTURE)
+    assert configuration.parse(configuration.resolved(configuration.load(path))) == configuration.load(path)
+    with pytest.raises(RunError) as error:
+        configuration.load(path, [f"--data.mixture.{override}" for override in overrides])
+    assert what in error.value.what
+    assert where in error.value.where
+    assert mend in error.value.mend
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "mend"),
+    [
+        ("--data.path=stdlib", "data.path does nothing beside data.mixture", "data.mixture.web.path"),
+        ("--data.text_key=body", "data.text_key does nothing", "data.mixture.web.text_key"),
+        ("--train.length=3 epochs", "end at different steps", "'3 epochs of web'"),
+        ("--train.length=3 epochs of wob", "end at different steps", "epochs of web"),
+    ],
+)
+def test_keys_that_a_mixture_makes_meaningless_are_refused(tmp_path: Path, override, what, mend) -> None:
+    with pytest.raises(RunError) as error:
+        configuration.load(write(tmp_path, MIXTURE), [override])
+    assert what in error.value.what
+    assert mend in error.value.mend
+    config = configuration.load(write(tmp_path, MIXTURE), ["--train.length=3 epochs of web"])
+    assert split_length(config.train.length) == (3, "epochs of web")
+    with pytest.raises(RunError, match="there is no mixture"):
+        configuration.load(write(tmp_path), ["--train.length=3 epochs of web"])
+
+
 def test_a_duplicate_key_and_broken_yaml_name_their_line(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="stands twice") as error:
         configuration.load(write(tmp_path, MINIMAL + "name: again\n"))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.test_data_order import FakeSplit
 from tests.unit.test_data_prepare import WORDS, corpus, quiet
+from trainer.__main__ import main
 from trainer.config import DataConfig, TokenizerConfig
 from trainer.config_data import MixtureSource, weights_of
 from trainer.data import open_data, prepare
@@ -200,6 +201,37 @@ def test_each_source_has_its_table_and_all_have_one_tokenizer(tmp_path) -> None:
         for (name, one), w in zip(settings.mixture.items(), (0.5, 0.5), strict=True)
     }  # fmt: skip
     assert prepare(replace(settings, mixture=other), quiet) == folders
+
+
+def test_prepare_shows_what_it_made(tmp_path, monkeypatch, capsys) -> None:
+    corpus(tmp_path / "a", 120)
+    (tmp_path / "run.yaml").write_text(
+        f"""
+name: r
+model: {{config: {{model_type: llama}}}}
+data:
+  mixture:
+    a: {{path: {tmp_path}/a, weight: 3/4, validation_fraction: 0.3}}
+    lib: {{path: {tmp_path}/a/000*.txt, weight: 0.25, validation_fraction: 0.3, subset_tokens: 32}}
+  folder: {tmp_path}/prepared
+  tokenizer: {{vocab_size: 300}}
+  sequence_length: 16
+train: {{length: 5 steps, tokens_per_step: 64}}
+optim: {{name: normuon, lr: 0.01}}
+parallel: {{name: single}}
+"""
+    )
+    monkeypatch.setattr("sys.argv", ["trainer", "prepare", str(tmp_path / "run.yaml"), "--seed=3"])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert f"a: {tmp_path}/prepared/a-" in said
+    assert "3/4 of the sequences" in said
+    assert "2 sequences (a subset of" in said
+    assert "tokenizer: 300 tokens" in said
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr("sys.argv", ["trainer", "prepare", str(tmp_path / "run.yaml"), "--data.folder=/proc/none"])
+    assert main() == 78
+    assert "the data folder cannot be written" in capsys.readouterr().err
 
 
 def test_the_baseline_of_a_mixture_is_mixed_as_its_tokens_are(tmp_path) -> None:

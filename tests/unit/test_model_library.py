@@ -82,3 +82,37 @@ def test_positions_and_vocabularies_that_are_too_few_are_refused() -> None:
             architecture(
                 ModelConfig(config={"model_type": "gpt2"} | config), vocab_size=64, bos=0, eos=1, max_length=16
             )
+
+
+def test_weights_that_are_not_there_are_told_before_a_run_folder_is_made(tmp_path: Path) -> None:
+    from trainer import config as configuration
+    from trainer import runfolder
+
+    overrides = [f"--runs={tmp_path}/runs", "--model.config={}", f"--model.init_from={tmp_path}/none"]
+    with pytest.raises(RunError, match="would train a new one") as error:
+        configuration.load(ROOT / "configs/quickstart.yaml", overrides)
+    assert "data.tokenizer.path" in error.value.mend
+    config = configuration.load(
+        ROOT / "configs/quickstart.yaml", [*overrides, f"--data.tokenizer.path={tmp_path}/none"]
+    )
+    with pytest.raises(RunError, match="there is no folder"):
+        runfolder.create(config, ["test"])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--train.micro_batch_size=lots", "train.micro_batch_size"),
+        ("--train.micro_batch_size=0", "greater than 0"),
+        ("--train.activation_checkpointing=some", "'none', 'full' or 'selective'"),
+        ("--train.loss_chunk=0", "greater than 0"),
+        ("--model.init_frm=x", "did you mean init_from"),
+    ],
+)
+def test_bad_values_are_refused(override: str, words: str) -> None:
+    from trainer import config as configuration
+
+    with pytest.raises(RunError) as error:
+        configuration.load(ROOT / "configs/quickstart.yaml", [override])
+    assert words in str(error.value)

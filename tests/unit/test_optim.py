@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from trainer.optim import AdamW, NorMuon, ShardedOptimizer
 from trainer.optim.groups import classify
-from trainer.optim.plan import Stored, imbalance, own
+from trainer.optim.plan import Stored, buckets, imbalance, own
 from trainer.optim.polar import reference
 
 
@@ -122,3 +123,16 @@ def test_owners_of_llama_3_8b_are_balanced_at_128_ranks() -> None:
     assert imbalance(matrices, 128) <= 1.1
     in_turn = [dataclasses.replace(m, owner=i % 128) for i, m in enumerate(matrices)]
     assert imbalance(in_turn, 128) > 1.1  # what dealing them out in turn would give
+
+
+def test_buckets_keep_their_limit_which_is_a_matrix_per_rank_at_least() -> None:
+    def moved(parameters: list[Stored], chosen: list[list[int]], parts: int) -> list[int]:
+        assert sorted(index for bucket in chosen for index in bucket) == list(range(len(parameters)))
+        return [sum(2 * math.prod(parameters[i].shape) // parts for i in bucket) for bucket in chosen]
+
+    plain = [Stored((1, 64, 32), 1)] * 40  # 4096 bytes each in bf16
+    chosen = buckets(plain, 8, 2048, 2)
+    assert moved(plain, chosen, 8) == [4096] * 5  # eight matrices of 512 bytes here, one for each rank
+    assert moved(plain, buckets(plain, 8, 10_000, 2), 8) == [19 * 512, 19 * 512, 2 * 512]
+    experts = [Stored((100, 64, 32), 2), *plain]  # one large parameter of small matrices is no measure for the others
+    assert moved(experts, buckets(experts, 8, 2048, 2), 8)[1:] == [4096] * 5

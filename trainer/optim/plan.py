@@ -7,6 +7,7 @@ into blocks of rows; every block of every matrix is one `Matrix`, the unit of ow
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -132,12 +133,12 @@ def holder_of(matrix: Matrix, stored: Stored, parts: int) -> int | None:
 def buckets(parameters: Sequence[Stored], parts: int, limit: int, width: int) -> list[list[int]]:
     """Parameters in the order of their work, cut so that no rank moves more than `limit` bytes of shards at a time.
 
-    `width` is the bytes of an entry on the way. The limit is at least the bytes of the largest parameter: its owner
-    needs that much anyway, and a bucket then has a matrix for every rank.
+    `width` is the bytes of an entry on the way. The limit is at least the bytes of the largest matrix: its owner needs
+    that much anyway, and a bucket then has a matrix for every rank.
     """
     sizes = [width * experts * rows * columns for experts, rows, columns in (p.shape for p in parameters)]
     dearest = [min(map(_dearest_first, p.matrices(i))) for i, p in enumerate(parameters)]
-    limit = max(limit, *sizes)
+    limit = max([limit, *(width * math.prod(m.shape) for i, p in enumerate(parameters) for m in p.matrices(i))])
     result: list[list[int]] = []
     room = 0
     for index in sorted(range(len(parameters)), key=dearest.__getitem__):
