@@ -139,6 +139,14 @@ def test_squares_of_the_groups_gradient_norms_add_up_to_that_of_the_whole(calm) 
     assert max(r["gradient_norm"] for r in measured) > 1
 
 
+def test_every_key_of_the_history_is_explained(calm, place) -> None:
+    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+    for line in (place / "runs/calm/metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for key in [*record, *(key for figures in record.get("groups", {}).values() for key in figures)]:
+            assert f"| `{key}`" in page, key
+
+
 def test_a_sink_and_a_trace_of_a_whole_run(group, place) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

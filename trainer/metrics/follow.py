@@ -176,7 +176,8 @@ class Follower:
                 step = record["step"]
                 self._at, self._seen = (step, self._seen + 1) if step == self._at else (step, 1)
                 if (self._at, self._seen) > (self.state.step, self.state.records):
-                    sink.write(step, numbers(record))
+                    if values := numbers(record):
+                        sink.write(step, values)
                     self.state.step, self.state.records = self._at, self._seen
         finally:  # what was taken before a failure counts
             sink.flush()
