@@ -124,14 +124,15 @@ def theirs(arguments: argparse.Namespace, run: Any, callback: Any) -> Any:
     from trainer.model.build import architecture, build
     from trainer.model.init import initialize
 
-    facts = run.table.facts
+    table = next(iter(run.data.tables.values()))
+    facts = table.facts
     model = build(
         architecture(
             run.config.model, vocab_size=facts["vocab_size"], bos=facts["bos"], eos=facts["eos"], max_length=LENGTH
         )
     )
     initialize(model, 0, torch.device("cpu"))
-    tokens = torch.from_numpy(run.table.train.rows(np.arange(run.table.train.sequences))[0][:, :LENGTH].copy())
+    tokens = torch.from_numpy(table.train.rows(np.arange(table.train.sequences))[0][:, :LENGTH].copy())
 
     class Rows(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -200,8 +201,7 @@ def measure(arguments: argparse.Namespace) -> None:
             now = time.perf_counter()
             if state.global_step > arguments.steps:  # the first round warms both up
                 seconds["transformers"].append(now - self.since)
-            for _ in range(arguments.steps):
-                losses["ours"] = our_step(run)
+            losses["ours"] = statistics.mean(our_step(run) for _ in range(arguments.steps))
             dist.barrier()
             self.since = time.perf_counter()
             if state.global_step > arguments.steps:
@@ -229,7 +229,7 @@ def report(
         f"{count:,} parameters, {SEQUENCES} sequences of {LENGTH}, {arguments.micro_steps} micro-steps, {arguments.ranks} ranks, "
         f"{arguments.precision}, {arguments.rounds} rounds of {arguments.steps} steps"
     )
-    print("| step | tokens/s, median | least | most | last loss |\n|---|---|---|---|---|")
+    print("| step | tokens/s, median | least | most | mean loss of the last round |\n|---|---|---|---|---|")
     for name, values in seconds.items():
         rates = [tokens / value for value in values]
         print(
