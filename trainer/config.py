@@ -20,6 +20,7 @@ from trainer.config_data import DataConfig as DataConfig
 from trainer.config_data import SourceConfig as SourceConfig
 from trainer.config_data import TokenizerConfig as TokenizerConfig
 from trainer.config_data import check_data
+from trainer.guard.options import GuardConfig
 from trainer.metrics.options import MetricsConfig
 from trainer.model import library
 from trainer.outcome import RunError
@@ -95,8 +96,6 @@ class TrainConfig:
     """Precision of the model's arithmetic; weights and optimizer state stay fp32."""
     time_limit: Seconds | None = None
     """Wall time after which the run saves and ends as preempted, e.g. `11h30m`."""
-    max_bad_steps: Annotated[int, Field(ge=0)] = 10
-    """Steps in a row whose loss or gradient is not finite before the run ends as diverged; each is skipped by all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +173,8 @@ class RunConfig:
     """How the model is spread over the ranks, chosen by `name`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
+    guard: GuardConfig = GuardConfig()
+    """Steps that go wrong, and patience."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Validation."""
     metrics: MetricsConfig = MetricsConfig()
@@ -191,8 +192,8 @@ class RunConfig:
 # Keys that may change between a save and the resume from it; every other key is part of what the run is.
 CHANGEABLE = (
     "name", "runs", "data.folder", "data.max_epochs", "train.length", "train.micro_batch_size", "train.loss_chunk",
-    "train.activation_checkpointing", "train.compile", "train.clip_norm", "train.time_limit", "train.max_bad_steps",
-    "schedule", "parallel", "checkpoint", "evaluate", "metrics", "resources", "finish",
+    "train.activation_checkpointing", "train.compile", "train.clip_norm", "train.time_limit",
+    "schedule", "guard", "parallel", "checkpoint", "evaluate", "metrics", "resources", "finish",
     "optim.lr", "optim.weight_decay", "optim.adamw.lr", "optim.adamw.weight_decay",
 )  # fmt: skip
 
@@ -214,8 +215,6 @@ def parse(raw: dict[str, Any]) -> RunConfig:
 def resolved(config: RunConfig) -> dict[str, Any]:
     """The configuration with every default filled in, as JSON values."""
     raw: dict[str, Any] = _adapter.dump_python(config, mode="json")
-    seconds = raw["train"]["time_limit"]
-    raw["train"]["time_limit"] = None if seconds is None else f"{seconds:g} s"
     return raw
 
 

@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "hours": 3600, "hour": 3600, "d": 86400, "days": 86400}
@@ -111,7 +111,12 @@ _SHARE_SCHEMA = {
 }
 
 Count = Annotated[int, BeforeValidator(parse_count), WithJsonSchema(_COUNT_SCHEMA)]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema(_TEXT_SCHEMA)]
+Seconds = Annotated[
+    float,
+    BeforeValidator(parse_seconds),
+    PlainSerializer(lambda seconds: f"{seconds:g} s", return_type=str, when_used="json"),
+    WithJsonSchema(_TEXT_SCHEMA),
+]
 Length = Annotated[str, BeforeValidator(_length), WithJsonSchema(_TEXT_SCHEMA)]
 Interval = Annotated[str, BeforeValidator(_interval), WithJsonSchema(_TEXT_SCHEMA)]
 Share = Annotated[float | str, BeforeValidator(parse_share), WithJsonSchema(_SHARE_SCHEMA)]
