@@ -78,6 +78,7 @@ def test_retention_counts_good_generations_only(tmp_path) -> None:
     for step in (4, 5):
         (tmp_path / manifests.name(step) / "a.safetensors").unlink()
     (tmp_path / "step-00000006.tmp-2").mkdir()
-    removed = prune(tmp_path, 1)
+    removed, problem = prune(tmp_path, 1)
     assert [p.name for p in manifests.generations(tmp_path)] == [manifests.name(s) for s in (5, 4, 3)]
     assert set(removed) == {manifests.name(1), manifests.name(2), "step-00000006.tmp-2"}
+    assert problem == ""
