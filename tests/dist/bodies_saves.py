@@ -44,6 +44,10 @@ def save_step(folder: str, step: int, rows: int = 7, **state: Any) -> str:
     return save(Path(folder), step, step, tensors_of(step, rows), **facts_of(step, **state)).name
 
 
+def save_good(folder: str, step: int) -> str:
+    return save_step(folder, step, good=True)
+
+
 def holds(folder: Path, step: float) -> bool:
     """Whether the generation has the values of `step`."""
     tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors_of(0).items()}
