@@ -106,7 +106,9 @@ class CheckpointConfig:
     every: Interval = "30 min"
     """Interval between saves: `500 steps` or `30 min`. The end of a run always saves."""
     keep: Annotated[int, Field(gt=0)] = 2
-    """Newest verified checkpoints that are kept."""
+    """Newest good checkpoints that are kept; one that was saved in a streak of skipped steps is not good."""
+    asynchronous: bool = False
+    """Write in the background while training goes on, from a copy of all tensors in CPU memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

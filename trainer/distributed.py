@@ -64,7 +64,7 @@ def world() -> int:
     return dist.get_world_size()
 
 
-def on_rank_zero(work: Callable[[], T], patience: timedelta | None = None) -> T:
+def on_rank_zero(work: Callable[[], T], patience: timedelta | None = None, group: dist.ProcessGroup | None = None) -> T:
     """Do `work` on rank 0 while the others wait; all get its result, or raise its error.
 
     The others wait as long as the process group does, or for `patience`, which needs a group of its own.
@@ -74,11 +74,9 @@ def on_rank_zero(work: Callable[[], T], patience: timedelta | None = None) -> T:
     if rank() == 0:
         try:
             answer = [(work(), None)]
-        except RunError as error:
-            answer = [(None, error)]
-        except OSError as error:
-            answer = [(None, RunError(str(error), mend="see the log of rank 0", outcome=Outcome.INFRASTRUCTURE))]
-    dist.broadcast_object_list(answer, src=0, group=waiting)
+        except (RunError, OSError) as error:
+            answer = [(None, _as_sentence(error))]
+    dist.broadcast_object_list(answer, src=0, group=waiting or group)
     if waiting is not None:
         dist.destroy_process_group(waiting)
     result, error = answer[0]
@@ -87,19 +85,44 @@ def on_rank_zero(work: Callable[[], T], patience: timedelta | None = None) -> T:
     return result  # type: ignore[return-value]
 
 
-def together(work: Callable[[], T]) -> T:
-    """Do `work` on every rank; if any of them fails with a sentence, all raise the first such sentence."""
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Do `work` on every rank; if any of them fails with a sentence or an OSError, all raise the first of these."""
     result, mine = None, None
     try:
         result = work()
-    except RunError as error:
-        mine = error
+    except (RunError, OSError) as error:
+        mine = _as_sentence(error)
     errors: list[RunError | None] = [None] * world()
-    dist.all_gather_object(errors, mine)
+    dist.all_gather_object(errors, mine, group=group)
     for error in errors:
         if error is not None:
             raise error
     return result  # type: ignore[return-value]
+
+
+def from_all(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Do `work` on every rank; all get the results of all ranks, or raise the first error, as in `together`."""
+    answer: tuple[T | None, RunError | None] = (None, None)
+    try:
+        answer = (work(), None)
+    except (RunError, OSError) as error:
+        answer = (None, _as_sentence(error))
+    answers: list[tuple[T | None, RunError | None]] = [answer] * world()
+    dist.all_gather_object(answers, answer, group=group)
+    for _, error in answers:
+        if error is not None:
+            raise error
+    return [result for result, _ in answers]  # type: ignore[misc]
+
+
+def _as_sentence(error: RunError | OSError) -> RunError:
+    """An error that can travel to the other ranks; what the system reports ends a run by its number."""
+    if isinstance(error, RunError):
+        return error
+    where = f"rank {rank()}" + (f", {error.filename}" if error.filename else "")
+    return RunError(
+        str(error), where=where, mend=f"see the log of rank {rank()}", outcome=Outcome.of_errno(error.errno)
+    )
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
