@@ -27,6 +27,8 @@ class Run:
     """The YAML file of the run."""
     dry_run: bool = False
     """Print the command and the configuration, and start nothing."""
+    make_only: bool = False
+    """Make the run folder and start nothing: `orthogon node` or `resume` will."""
     restarts: Restarts = RESTARTS
 
     def __call__(self, overrides: list[str]) -> int:
@@ -41,7 +43,11 @@ class Run:
             print(yaml.safe_dump(configuration.resolved(config), sort_keys=False))
             print(" ".join(torchrun.attempt_command(config, config.folder, 1)))
             return 0
-        return train(config, runfolder.create(config, runfolder.command_line()), self.restarts)
+        folder = runfolder.create(config, runfolder.command_line())
+        if self.make_only:
+            print(f"made {folder}")
+            return 0
+        return train(config, folder, self.restarts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,5 +89,5 @@ def told(config: Any, folder: Path, outcome: dict[str, Any]) -> int:
     if word in (Outcome.PREEMPTED.value, Outcome.INFRASTRUCTURE.value, Outcome.NO_SPACE.value):
         print(f"go on with: orthogon resume {name}")
     if word in (Outcome.BUG.value, Outcome.INFRASTRUCTURE.value):
-        print(f"why: orthogon report {name}; logs: {log}/rank-*.log, {log}/torchrun.log")
+        print(f"why: orthogon report {name}; logs: {log}/rank-*.log, {log}/torchrun*.log")
     return int(outcome["exit_code"])

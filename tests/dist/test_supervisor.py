@@ -19,6 +19,24 @@ from trainer import runfolder
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = "import launch.retry; launch.retry.FIRST_PAUSE = 0.2; from launch.cli import main; main()"
+# In place of torchrun: a rank that ends as the trainer ends one with a bug.
+BUG = """
+import sys, traceback
+from pathlib import Path
+from trainer.outcome import Outcome, write_outcome
+logs = Path(sys.argv[1]) / "logs" / sys.argv[2]
+try:
+    [][int(sys.argv[2])]
+except IndexError as error:
+    (logs / "rank-0.log").write_text(traceback.format_exc())
+    write_outcome(logs, Outcome.BUG, f"rank 0: IndexError: {error} in attempt {sys.argv[2]}", rank=0)
+sys.exit(1)
+"""
+WITH_BUG = """
+import sys
+from launch.backends import torchrun
+torchrun.attempt_command = lambda config, folder, number: [sys.executable, "-c", BUG, str(folder), str(number)]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +47,6 @@ def place(tmp_path_factory) -> Path:
     calm = TINY.replace('evaluate: {{every: 5 steps, tokens: 6, prompts: ["the sea", "of"]}}', "evaluate: {{every: 1000 steps}}")
     text = calm.format(folder=folder).replace("every: 5 steps", "every: 4 steps")
     (folder / "run.yaml").write_text(text)
-    (folder / "single.yaml").write_text(
-        text.replace("{name: fsdp2, reshard_after_forward: false}", "{name: single}").replace("ranks: 2", "ranks: 1")
-    )
     return folder
 
 
@@ -40,11 +55,11 @@ def launcher() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts `orthogon` with short pauses; what still lives at the end of the test is ended."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
+    def start(*arguments: str, before: str = "") -> subprocess.Popen[str]:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         started.append(
             subprocess.Popen(
-                [sys.executable, "-c", LAUNCHER, *arguments],
+                [sys.executable, "-c", before + LAUNCHER, *arguments],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT,
             )
         )  # fmt: skip
@@ -82,7 +97,7 @@ def wait_for(what: Callable[[], object], seconds: float = 90.0, alive: subproces
 
 def test_a_killed_rank_is_followed_by_an_attempt_that_finishes_the_run(place, launcher) -> None:
     folder = place / "runs/killed"
-    process = launcher("run", str(place / "run.yaml"), "--name=killed", "--train.length=30 steps")
+    process = launcher("run", str(place / "run.yaml"), "--name=killed", "--train.length=30 steps", "--finish.export=false")
     wait_for(lambda: (folder / "checkpoints/step-00000004/manifest.json").exists(), alive=process)
     victim = next(pid for pid, rank in processes(folder).items() if rank == 1)
     os.kill(victim, signal.SIGKILL)
@@ -113,16 +128,14 @@ def test_a_killed_launcher_leaves_no_process_and_a_saved_run(place, launcher) ->
 
 
 def test_an_equal_bug_is_tried_three_times(place, launcher) -> None:
-    config = configuration.load(place / "single.yaml", ["--name=bug"])
-    folder = runfolder.create(config, [])
-    (folder / "metrics.jsonl").mkdir()  # what the trainer does not expect
-    process = launcher("resume", "bug", f"--runs={place}/runs")
+    runfolder.create(configuration.load(place / "run.yaml", ["--name=bug"]), [])
+    process = launcher("resume", "bug", f"--runs={place}/runs", before=f"BUG = {BUG!r}{WITH_BUG}")
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1, out
     assert out.count("seen 1 of 3 times") == 1
     assert out.count("seen 2 of 3 times") == 1
     assert "no further attempt: the same traceback came 3 times" in out
-    assert sorted(path.name for path in (folder / "logs").iterdir()) == ["1", "2", "3"]
+    assert sorted(path.name for path in (place / "runs/bug/logs").iterdir()) == ["1", "2", "3"]
 
 
 def test_one_attempt_only_and_a_signal_before_the_first_step(place, launcher) -> None:
