@@ -74,8 +74,8 @@ def deaths(logs: Path) -> list[Death]:
     found = []
     for path in sorted(logs.glob("torchrun*.log")):
         text = _tail(path)
-        head, _, root = text.rpartition("Root Cause (first observed failure):")
-        if root:
+        head, table, root = text.rpartition("Root Cause (first observed failure):")
+        if table:
             found += [Death(**facts, first=True) for facts in _table(root)]
             found += [Death(**facts, first=False) for facts in _table(head.rpartition("Failures:")[2])]
             continue
