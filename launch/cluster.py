@@ -173,7 +173,8 @@ def lead(node: Node, number: int, plan: nodes.Plan | None) -> dict[str, Any] | N
     stop = lambda: node.asked.signal is not None or not node.nodes.leads()  # noqa: E731
     made = nodes.offer(node.nodes, node.logs(new), node.address, node.bind, stop)
     if made is not None:
-        print(f"attempt {new} on {', '.join(made.members)}", flush=True)
+        without = f"; without {', '.join(made.unreached)}, not reached" if made.unreached else ""
+        print(f"attempt {new} on {', '.join(made.members)}{without}", flush=True)
     return None
 
 

@@ -48,6 +48,9 @@ def culprit(
     stuck = {rank: note for rank, note in hangs.items() if note.get("why") != GONE}
     if stuck:
         return hung(beats, stuck)
+    ended = str(outcome.get("ended", ""))
+    if ended.startswith("node ") and ended.endswith(" is gone"):
+        return Culprit(None, f"{ended}: its supervisor gave no sign of life any more")
     orphans = sorted(rank for rank, note in hangs.items() if note.get("why") == GONE)
     if orphans:
         host = beats[orphans[0]].host if orphans[0] in beats else "its node"

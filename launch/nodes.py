@@ -15,7 +15,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Plan:
     members: list[str]
     address: str
     port: int
+    unreached: list[str] = field(default_factory=list)
+    """Hosts that live, as their files tell, and did not reach the leader."""
 
     def torchrun(self, host: str) -> tuple[str, ...]:
         """The options of torchrun on a member.
@@ -77,7 +79,7 @@ class Nodes:
         self.signs: dict[str, Sign] = {}
         self._changed: dict[str, float] = {}
         self._first: dict[str, tuple[float, int]] = {}
-        self._written = -BEAT_SECONDS
+        self._began, self._written = time.monotonic(), -BEAT_SECONDS
         self.folder.mkdir(exist_ok=True)
 
     def beat(self, **changes: Any) -> None:
@@ -104,8 +106,9 @@ class Nodes:
         return [host for host in self.hosts if now - self._changed.get(host, -STALE_SECONDS) < STALE_SECONDS]
 
     def leads(self) -> bool:
-        """Whether this host leads: it is the first that lives."""
-        return self.living()[:1] == [self.mine.host]
+        """Whether this host leads: it is the first that lives, and has looked long enough to know."""
+        knows = self.hosts[0] == self.mine.host or time.monotonic() - self._began >= STALE_SECONDS
+        return knows and self.living()[:1] == [self.mine.host]
 
     def leave(self) -> None:
         """Take this host's sign away."""
@@ -134,7 +137,9 @@ def offer(nodes: Nodes, logs: Path, address: str, bind: str, stop: Callable[[], 
                 joined.add(host)
     with socket.create_server((bind, 0)) as free:
         port = free.getsockname()[1]
-    plan = Plan(int(logs.name), identity, [host for host in nodes.hosts if host in joined], address, port)
+    members = [host for host in nodes.hosts if host in joined]
+    unreached = [host for host in nodes.living() if host not in joined]
+    plan = Plan(int(logs.name), identity, members, address, port, unreached)
     write_json(logs / "plan.json", asdict(plan))
     return plan
 

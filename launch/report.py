@@ -39,7 +39,8 @@ def report(folder: Path, runs: Path, number: int | None = None, now: float | Non
     running = outcome["outcome"] == "running"
     hangs, deaths = evidence.hangs(logs), evidence.deaths(logs)
     first = culprit(outcome, beats, hangs, deaths) if outcome["outcome"] not in ("running", "unknown") else None
-    saved = newest if number == known[-1] else _saved(logs, newest)
+    if number != known[-1]:
+        newest = _saved(logs, newest)
     return {
         "run": folder.name,
         "attempt": number,
@@ -49,7 +50,7 @@ def report(folder: Path, runs: Path, number: int | None = None, now: float | Non
         "first": {"rank": first.rank, "what": first.what, "phase": _phase(beats, first)} if first else None,
         "step": step,
         "checkpoint": manifests.name(newest) if newest is not None else None,
-        "lost_steps": max(0, step - (saved or 0)),
+        "lost_steps": max(0, step - (newest or 0)),
         "ranks": [_rank(rank, beat, now) for rank, beat in beats.items()],
         "evidence": shown(logs, outcome, first, hangs, deaths),
         "attempts": [_row(folder, one, now) for one in known],
@@ -101,6 +102,10 @@ def shown(
         )
     if outcome.get("ended"):
         lines.append(f"the launcher ended torchrun: {outcome['ended']}")
+    following = logs.parent / str(int(logs.name) + 1)
+    unreached = (evidence.record(following / "plan.json") or {}).get("unreached") or []
+    for host in unreached:
+        lines.append(f"attempt {following.name} began without node {host}: it lived and was not reached")
     rank = first.rank if first else None
     if rank is not None:
         log = logs / f"rank-{rank}.log"
@@ -141,7 +146,7 @@ def _rank(rank: int, beat: Beat, now: float) -> dict[str, Any]:
 
 def _saved(logs: Path, newest: int | None) -> int | None:
     record = evidence.record(logs / attempt.FILE)
-    return record["checkpoint"] if record else newest
+    return (record["checkpoint"] or None) if record else newest
 
 
 def _row(folder: Path, number: int, now: float) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_the_node_that_hosts_the_rendezvous_is_killed_and_the_other_goes_on(plac
     run = Served(place, pair, "power")
     pair.kill("n1")
     run.stops_within(60)
-    assert run.attempt(1)["outcome"] == "infrastructure"
+    assert (run.attempt(1)["outcome"], run.attempt(1)["ended"]) == ("infrastructure", "node n1 is gone")
     run.ends("n2")
     assert run.members(2) == ["n2"]
 
