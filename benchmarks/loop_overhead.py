@@ -44,7 +44,9 @@ def measure(folder: Path, steps: int, rounds: int) -> None:
     """One world size: rounds of (ours, bare), each of `steps` steps."""
     from trainer import config as configuration
     from trainer import distributed, loop, runfolder, setup
+    from trainer.guard.heartbeat import Heartbeat
     from trainer.guard.signals import Flag
+    from trainer.guard.watchdog import Watchdog
     from trainer.model.loss import summed_loss
 
     overrides = [f"--runs={folder}", "--train.length=100000 steps", "--schedule.name=constant"]
@@ -53,7 +55,7 @@ def measure(folder: Path, steps: int, rounds: int) -> None:
         runfolder.create(config, ["benchmark"])
     while not (config.folder / "checkpoints").exists():
         time.sleep(0.05)
-    run = setup.set_up(config.folder, config, 1, Flag())
+    run = setup.set_up(config.folder, config, 1, Watchdog(Heartbeat(None), Flag(), config.folder, 0))
     run.progress.shown = False
     expected = run.derived.sequences_per_step * config.data.sequence_length
 

@@ -65,7 +65,9 @@ def ours(arguments: argparse.Namespace) -> Any:
 
     from trainer import config as configuration
     from trainer import runfolder, setup
+    from trainer.guard.heartbeat import Heartbeat
     from trainer.guard.signals import Flag
+    from trainer.guard.watchdog import Watchdog
 
     # A micro-step of either side takes the same rows.
     rows = SEQUENCES // (arguments.ranks * arguments.micro_steps)
@@ -93,7 +95,7 @@ def ours(arguments: argparse.Namespace) -> Any:
         runfolder.create(config, ["benchmark"])
     while not (config.folder / "checkpoints").exists():
         time.sleep(0.05)
-    run = setup.set_up(config.folder, config, 1, Flag())
+    run = setup.set_up(config.folder, config, 1, Watchdog(Heartbeat(None), Flag(), config.folder, 0))
     run.progress.shown = False
     return run
 

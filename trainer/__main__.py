@@ -11,10 +11,18 @@ import sys
 import traceback
 from pathlib import Path
 
-from trainer import tasks
 from trainer.guard.signals import Flag
-from trainer.outcome import Outcome, RunError, write_outcome
-from trainer.tasks import TASKS
+
+FLAG = Flag()
+if __name__ == "__main__" and sys.argv[1:2] == ["train"]:
+    FLAG.install()  # before the imports that take a second: a signal from now on ends in a saved checkpoint
+
+from trainer import tasks  # noqa: E402
+from trainer.guard import heartbeat  # noqa: E402
+from trainer.guard.faults import fault  # noqa: E402
+from trainer.guard.watchdog import Watchdog  # noqa: E402
+from trainer.outcome import Outcome, RunError, speak, write_outcome  # noqa: E402
+from trainer.tasks import TASKS  # noqa: E402
 
 
 def main() -> int:
@@ -23,6 +31,7 @@ def main() -> int:
     train = parsers.add_parser("train", help="one rank of a run")
     train.add_argument("target", type=Path)
     train.add_argument("--attempt", type=int, default=None)
+    train.add_argument("--verify", action="store_true", help="train the last recorded steps once more, and compare")
     for name, task in TASKS.items():
         one = parsers.add_parser(name, help=task.help, allow_abbrev=False)
         one.add_argument("target", type=Path)
@@ -31,7 +40,7 @@ def main() -> int:
     if overrides and arguments.task != "train" and not TASKS[arguments.task].overrides:
         parser.error(f"not understood: {' '.join(overrides)}")
     if arguments.task == "train":
-        return train_rank(arguments.target, arguments.attempt, overrides)
+        return train_rank(arguments, overrides)
     return do_task(arguments, overrides)
 
 
@@ -60,41 +69,62 @@ def do_task(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return outcome.code
 
 
-def train_rank(target: Path, attempt: int | None, overrides: list[str]) -> int:
+def train_rank(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """One rank of a run, from its folder, or from a YAML file when no launcher made the folder."""
-    flag = Flag().install()
     rank = int(os.environ.get("RANK", "0"))
     logs: Path | None = None
+    watch: Watchdog | None = None
+    lost = False
     try:
-        folder, number = _folder(target, attempt, overrides, rank)
+        folder, number = _folder(arguments.target, arguments.attempt, overrides, rank)
         logs = folder / "logs" / str(number)
         _log_to(logs / f"rank-{rank}.log", keep_stdout=rank == 0)
-        outcome, message, facts = _train(folder, number, flag)
+        watch = Watchdog(heartbeat.Heartbeat(heartbeat.path_of(logs, rank)), FLAG, logs, rank).start()
+        outcome, message, facts = _train(folder, number, watch, arguments.verify)
     except RunError as error:
-        outcome, message, facts = error.outcome, str(error), {}
+        outcome, message, facts = error.outcome, error.what if error.outcome.orderly else str(error), {}
         print(error, file=sys.stderr)
     except Exception as error:
         traceback.print_exc()
-        outcome, message, facts = Outcome.BUG, f"rank {rank}: {type(error).__name__}: {error}", {}
+        lost = _lost_peers(error)
+        outcome = Outcome.INFRASTRUCTURE if lost else Outcome.BUG
+        message, facts = f"rank {rank}: {type(error).__name__}: {error}", {}
+        if lost and watch is not None:
+            message = (
+                f"rank {rank} lost its peers in phase '{watch.heart.phase}' of step {watch.heart.step + 1}: {error}"
+            )
     sys.stdout.flush()
-    # A rank that fails alone speaks for all: the others are about to be ended by torchrun.
-    if logs is not None and (rank == 0 or (not outcome.orderly and not (logs / "outcome.json").exists())):
+    if logs is not None and outcome.orderly and rank == 0:
+        fault("end.outcome")
         write_outcome(logs, outcome, message, rank=rank, **facts)
-    return 0 if outcome.orderly and "TORCHELASTIC_RUN_ID" in os.environ else outcome.code
+    elif logs is not None and not outcome.orderly:  # the others are about to be ended by torchrun
+        speak(logs, outcome, message, rank=rank, lost_peers=lost, **facts)
+    if outcome.orderly:
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else outcome.code
+    sys.stderr.flush()
+    os._exit(outcome.code)  # what libraries do at exit may wait for ranks that are gone
 
 
-def _train(folder: Path, attempt: int, flag: Flag) -> tuple[Outcome, str, dict[str, int]]:
+def _train(folder: Path, attempt: int, watch: Watchdog, verify: bool) -> tuple[Outcome, str, dict[str, int]]:
     from trainer import distributed, loop, runfolder, setup
 
     config = runfolder.open_run(folder)
-    run = setup.set_up(folder, config, attempt, flag)
+    run = setup.set_up(folder, config, attempt, watch, verify)
     try:
         outcome, message = loop.train(run)
     finally:
         run.trace.close()
+    watch.heart.beat("exit")
     run.history.close(hurry=outcome is Outcome.PREEMPTED)
     distributed.stop()
     return outcome, message, {"step": run.step, "position": run.position}
+
+
+def _lost_peers(error: Exception) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    from trainer.distributed import lost_peers
+
+    return lost_peers(error)
 
 
 def _folder(target: Path, attempt: int | None, overrides: list[str], rank: int) -> tuple[Path, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -44,6 +45,15 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_peers(error: Exception) -> bool:
+    """Whether an error of a collective says no more than that another rank, or the way to it, is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and re.search(r"gloo|NCCL|Connection (closed|reset)|[Tt]imed? ?out", text) is not None
+    )
 
 
 def rank() -> int:

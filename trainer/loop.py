@@ -8,59 +8,111 @@ from typing import Any
 
 import torch
 
-from trainer import config as configuration
-from trainer import distributed, runfolder
-from trainer.checkpoint.retention import prune
-from trainer.checkpoint.save import save
+from trainer import distributed
 from trainer.derive import evaluation_interval
 from trainer.evaluate.loss import mixed, validation_losses
-from trainer.guard.verdict import Verdict, agree
+from trainer.guard import faults
+from trainer.guard.faults import fault
+from trainer.guard.verdict import Verdict, agree, agree_to_stop
 from trainer.model.flops import utilization
 from trainer.model.init import module_seed
 from trainer.model.loss import losses, token_count
 from trainer.outcome import Outcome
+from trainer.run import Run
+from trainer.saving import checkpoint, settle
 from trainer.schedule import factor
-from trainer.setup import Run
+from trainer.setbacks import applied, record_recomputation, roll_back, skip
 from trainer.units import split_interval
 
 
 def train(run: Run) -> tuple[Outcome, str]:
     """Train to the end, to the end of the data, to a signal, to the time limit, or to divergence; save at each of them."""
-    while run.position < run.derived.available:
+    stop = begin(run)
+    while not stop and run.position < run.derived.available:
         run.trace.at(run.step + 1)
-        began = time.monotonic()
-        count = min(run.derived.sequences_per_step, run.derived.available - run.position)
-        rate = set_learning_rate(run)
-        verdict = forward_backward(run, count)
-        report_rejected(run, verdict.rejected)
-        if verdict.finite:
-            with run.groups.measure(run.step, verdict.ratio):
-                clip_gradients(run, verdict)
-                run.optimizer.step()
-            run.bad_steps = 0
-        else:
-            skip(run, verdict, count)
-        run.strategy.clear(run.parameters)
-        start, run.step, run.position = run.position, run.step + 1, run.position + count
-        record(run, verdict, start, count, rate, time.monotonic() - began)
-
-        if run.bad_steps > run.config.train.max_bad_steps:
-            return (
-                Outcome.DIVERGED,
-                f"{run.bad_steps} steps in a row were not finite; the last checkpoint is older than they",
+        verdict = step(run)
+        if run.skips >= run.config.guard.max_skips and not roll_back(run):
+            settle(run)
+            return Outcome.DIVERGED, (
+                f"{run.skips} steps in a row were skipped after {run.rollbacks} returns to the last good checkpoint, which is kept"
             )
-        if run.position >= run.derived.available:
-            break
-        if run.step % evaluation_interval(run.config) == 0:
-            validate(run)
-        if verdict.stop:
-            checkpoint(run)
-            return Outcome.PREEMPTED, f"{verdict.stop}; saved at step {run.step}"
-        if verdict.save_due:
-            checkpoint(run)
+        stop = border(run, verdict)
+    return end(run, stop)
 
-    validate(run)
-    checkpoint(run)
+
+def begin(run: Run) -> str:
+    """The first step border: rehearse a save if there is none yet; why the run should stop, if a signal came before."""
+    stop = meet(run)
+    if not stop and run.saved_step < 0:
+        error = checkpoint(run)  # of full size, before an hour is spent on what could not be kept
+        if error is not None:
+            raise error
+        stop = meet(run)
+    if not stop and run.step and run.step % evaluation_interval(run.config) == 0:
+        stop = validate(run)  # a signal that came in between left it out
+    if stop:
+        return stop
+    bound = run.config.guard.stop_timeout
+    took = f"; the save took {run.save_seconds:.1f} s" if run.save_seconds else ""
+    run.progress.say(f"a signal ends in a saved checkpoint within {bound:g} s (guard.stop_timeout){took}")
+    if run.save_seconds > bound / 2:
+        run.progress.say(
+            f"guard.stop_timeout = {bound:g} s is short for such saves: make it {4 * run.save_seconds:.0f} s"
+        )
+    return ""
+
+
+def step(run: Run) -> Verdict:
+    """One optimizer step: gradients, agreement, update or skip, record."""
+    faults.locate(step=run.step + 1)
+    began = time.monotonic()
+    count = min(run.derived.sequences_per_step, run.derived.available - run.position)
+    rate = set_learning_rate(run)
+    verdict = forward_backward(run, count)
+    run.report_rejected(verdict.rejected)
+    if not verdict.finite:
+        first, verdict = verdict, again(run, count)
+        record_recomputation(run, first, verdict)
+    reason = run.detector.reason(verdict.loss, verdict.gradient_norm)
+    if reason:
+        skip(run, count, reason)
+    else:
+        update(run, verdict)
+    run.strategy.clear(run.parameters)
+    start, run.step, run.position = run.position, run.step + 1, run.position + count
+    record(run, verdict, reason, start, count, rate, time.monotonic() - began)
+    return verdict
+
+
+def border(run: Run, verdict: Verdict) -> str:
+    """Between two steps: validate and save where that is due; why the run should stop, the same on all ranks."""
+    run.heart.beat("border", run.step, run.position)
+    run.watch.border()
+    run.watch.patience = run.config.guard.hang_timeout
+    fault("step.border")
+    if verdict.saved:
+        settle(run)
+    if run.position >= run.derived.available:
+        return ""
+    stop = verdict.stop
+    if not stop and run.step % evaluation_interval(run.config) == 0:
+        stop = validate(run)
+    if not stop and verdict.save_due:
+        checkpoint(run, wait=False)
+        stop = meet(run)
+    return stop
+
+
+def end(run: Run, stop: str) -> tuple[Outcome, str]:
+    """The last border: validate, save, and say how the run ended."""
+    fault("end.begin")
+    if not stop:
+        stop = validate(run)
+    error = checkpoint(run)
+    if error is not None:
+        return error.outcome, f"{stop or 'all steps are trained'}, and the last save failed: {error.what}"
+    if stop:
+        return Outcome.PREEMPTED, f"{stop}; saved at step {run.step}"
     if run.position < run.derived.sequences:
         done, epochs = run.step, run.config.data.max_epochs
         _, source = run.data.train.first_exhausted(epochs or 0)
@@ -70,6 +122,27 @@ def train(run: Run) -> tuple[Outcome, str]:
             f"data.max_epochs = {epochs} ends the {what} at step {done} of {run.derived.steps}; saved",
         )
     return Outcome.FINISHED, f"all {run.derived.steps} steps are trained and saved"
+
+
+def meet(run: Run, phase: str = "border") -> str:
+    """All ranks meet where they could leave; why the run should stop, if any of them was told to."""
+    run.heart.beat(phase, run.step, run.position)
+    stop = agree_to_stop(signal=run.watch.flag.signal is not None, timeout=run.out_of_time, device=run.device)
+    run.watch.border()
+    return stop
+
+
+class Stopped(Exception):
+    """All ranks were told to stop in the middle of something that can be left; the text says why."""
+
+
+def go_on(run: Run) -> None:
+    """Raises:
+    Stopped: a rank was told to stop.
+    """
+    stop = meet(run, "validation")
+    if stop:
+        raise Stopped(stop)
 
 
 def set_learning_rate(run: Run) -> float:
@@ -86,49 +159,55 @@ def forward_backward(run: Run, count: int) -> Verdict:
     torch.manual_seed(module_seed(run.config.seed, f"step {run.step} rank {distributed.rank()}"))  # dropout
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     tokens = 0
+    run.heart.beat("data")
+    fault("step.data")
     asked = time.monotonic()
     micro_batches = run.batches.at(run.position, count)
     run.data_seconds = time.monotonic() - asked
+    run.heart.beat("forward and backward")
+    fault("step.forward")
+    harm = fault("step.loss")
     for index, batch in enumerate(micro_batches):
         tokens += token_count(batch.targets)
         run.strategy.synchronize(last=index == len(micro_batches) - 1)
         with run.strategy.context():
             loss, objective = losses(run.strategy.forward, *batch.to(run.device))
-        run.strategy.backward(objective / expected)
-        loss_sum += loss.detach().double()
-    limit = run.config.train.time_limit
-    return agree(
-        run.strategy.gradients(run.parameters), float(loss_sum), tokens, expected,
-        signal=run.flag.signal is not None,
-        timeout=limit is not None and time.monotonic() - run.started > limit,
+        run.strategy.backward(objective * harm / expected)
+        loss_sum += loss.detach().double() * harm
+    gradients = run.strategy.gradients(run.parameters)
+    harm = fault("step.gradient")
+    if harm != 1.0:
+        next(share for share, _ in gradients if share.numel()).mul_(harm)
+    run.heart.beat("agreement")
+    verdict = agree(
+        gradients, float(loss_sum), tokens, expected,
+        signal=run.watch.flag.signal is not None,
+        timeout=run.out_of_time,
         save_due=save_is_due(run),
+        saved=run.background is not None and run.background.done,
         rejected=run.optimizer.take_rejected(),
         device=run.device,
     )  # fmt: skip
+    fault("step.agreed")
+    return verdict
 
 
-def clip_gradients(run: Run, verdict: Verdict) -> None:
-    """Divide by the true global token count, and scale down to the clipping norm, in one pass."""
+def again(run: Run, count: int) -> Verdict:
+    """The same step once more from the same batch: a fault that does not come back leaves no trace in the run."""
+    run.strategy.clear(run.parameters)
+    return forward_backward(run, count)
+
+
+def update(run: Run, verdict: Verdict) -> None:
+    """Divide by the true global token count, scale down to the clipping norm, in one pass, and apply."""
+    run.heart.beat("update")
     limit = run.config.train.clip_norm
     clip = 1.0 if limit is None else min(1.0, limit / max(verdict.gradient_norm, 1e-12))
-    run.strategy.scale(run.parameters, verdict.ratio * clip)
-
-
-def skip(run: Run, verdict: Verdict, count: int) -> None:
-    """No rank applies an update from a gradient that is not finite on any rank; the window is passed over."""
-    run.bad_steps += 1
-    run.skipped.append([run.position, count])
-    run.progress.say(f"step {run.step + 1} is skipped: loss {verdict.loss}, gradient norm {verdict.gradient_norm}")
-    if distributed.rank() == 0:
-        runfolder.record_event(run.folder, "skipped", step=run.step, position=run.position, count=count)
-
-
-def report_rejected(run: Run, count: int) -> None:
-    """Say how many matrices the last step left as they were; known with the next agreement, or at a save."""
-    if count:
-        run.progress.say(f"step {run.step}: {count} matrices had no sound update and were left as they were")
-        if distributed.rank() == 0:
-            runfolder.record_event(run.folder, "rejected", step=run.step, matrices=count)
+    with run.groups.measure(run.step, verdict.ratio):
+        run.strategy.scale(run.parameters, verdict.ratio * clip)
+        run.optimizer.step()
+    applied(run, verdict)
+    fault("step.updated")
 
 
 def save_is_due(run: Run) -> bool:
@@ -139,7 +218,7 @@ def save_is_due(run: Run) -> bool:
     return distributed.rank() == 0 and time.monotonic() - run.saved_at >= interval
 
 
-def record(run: Run, verdict: Verdict, start: int, count: int, rate: float, seconds: float) -> None:
+def record(run: Run, verdict: Verdict, skipped: str, start: int, count: int, rate: float, seconds: float) -> None:
     """One line of history and progress, on rank 0."""
     if distributed.rank() != 0:
         return
@@ -154,6 +233,7 @@ def record(run: Run, verdict: Verdict, start: int, count: int, rate: float, seco
         loss=verdict.loss if finite else None,
         bits_per_byte=verdict.loss / math.log(2) * density if finite else None,
         gradient_norm=verdict.gradient_norm if finite else None,
+        **({"skipped": skipped} if skipped else {}),
         learning_rate_factor=rate,
         tokens=verdict.tokens,
         tokens_per_second=round(verdict.tokens / seconds, 1),
@@ -178,12 +258,23 @@ def report_passes(run: Run, start: int) -> None:
         if int(count) > int(before[name]):
             of = f" over {name}" if len(now) > 1 else ""
             run.progress.say(f"step {run.step}: pass {int(count)}{of} is complete")
-            runfolder.record_event(run.folder, "pass", source=name, passes=int(count), step=run.step)
+            run.event("pass", source=name, passes=int(count), step=run.step)
 
 
-def validate(run: Run) -> None:
-    """Validation loss over all ranks, into history and onto the screen, and text samples if prompts are given."""
-    results = validation_losses(run)
+def validate(run: Run) -> str:
+    """Validation loss over all ranks, into history and onto the screen, and text samples if prompts are given.
+
+    Returns:
+        Why the run should stop, if it was told to meanwhile: then the validation is dropped, and made after a resume.
+    """
+    if run.validated_step == run.step:
+        return ""
+    run.heart.beat("validation")
+    try:
+        results = validation_losses(run, lambda: go_on(run))
+    except Stopped as stopped:
+        return str(stopped)
+    run.validated_step = run.step
     if distributed.rank() == 0:
         loss, value = mixed(results, run.data.weights)
         sources = {
@@ -204,22 +295,4 @@ def validate(run: Run) -> None:
             + (f" ({each})" if each else "")
         )
     run.samples.take(run)
-
-
-def checkpoint(run: Run) -> None:
-    """Save a new generation, unless this step has one, and drop old ones."""
-    if run.saved_step == run.step:
-        return
-    began = time.monotonic()
-    report_rejected(run, int(distributed.sum_over_ranks([float(run.optimizer.take_rejected())], run.device)[0]))
-    folder = save(
-        run.checkpoints, run.step, run.position, run.tensors(),
-        config=configuration.resolved(run.config), state=run.state(),
-        lineage={**run.lineage(), "run": run.config.name},
-        attempt=run.attempt,
-    )  # fmt: skip
-    run.saved_step, run.saved_at = run.step, time.monotonic()
-    if distributed.rank() == 0:
-        prune(run.checkpoints, run.config.checkpoint.keep)
-        runfolder.record_event(run.folder, "saved", step=run.step, position=run.position, checkpoint=folder.name)
-    run.progress.say(f"step {run.step}: saved {folder.name} in {time.monotonic() - began:.1f} s")
+    return ""

@@ -78,6 +78,16 @@ def write_outcome(folder: Path, outcome: Outcome, message: str, **facts: Any) ->
     write_json(folder / "outcome.json", record)
 
 
+def speak(folder: Path, outcome: Outcome, message: str, *, lost_peers: bool = False, **facts: Any) -> None:
+    """Write the outcome of a rank that ends by itself, out of step with the others.
+
+    The first such word stands, but one that only tells of the end of others (`lost_peers`) gives way to the cause.
+    """
+    if (folder / "outcome.json").exists() and (lost_peers or not read_outcome(folder).get("lost_peers")):
+        return
+    write_outcome(folder, outcome, message, lost_peers=lost_peers, **facts)
+
+
 def read_outcome(folder: Path) -> dict[str, Any]:
     """The outcome of an attempt; a missing or unreadable file means infrastructure: the ranks died without a word."""
     try:

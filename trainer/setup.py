@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import shutil
-import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from trainer import config as configuration
 from trainer import data, distributed, runfolder
 from trainer.assembly import fitting, open_strategy, shape_of, starting_point
-from trainer.checkpoint import manifest as manifests
-from trainer.checkpoint.load import load, newest_verified
 from trainer.config import RunConfig
 from trainer.data import Data
 from trainer.data.batches import Batches
 from trainer.data.masking import Borders
-from trainer.derive import Derived, derive
+from trainer.derive import derive
 from trainer.evaluate.samples import Samples
 from trainer.files import read_json, write_json
-from trainer.guard.signals import Flag
+from trainer.guard import faults
+from trainer.guard.faults import fault
+from trainer.guard.spikes import SpikeDetector
+from trainer.guard.watchdog import Watchdog
 from trainer.metrics import follow, history
 from trainer.metrics.groups import GroupMetrics
 from trainer.metrics.history import History
@@ -35,80 +32,34 @@ from trainer.model.check import check_model
 from trainer.model.documents import check_documents_apart
 from trainer.model.flops import peak_flops
 from trainer.model.init import initialize
-from trainer.outcome import RunError
+from trainer.outcome import Outcome, RunError
+from trainer.replay import replay
+from trainer.restore import restore
+from trainer.run import Run
 from trainer.units import split_interval
 
 
-@dataclass
-class Run:
-    """A run in progress on one rank. `step` and `position` are where it is; the rest stays as it is set up."""
+def set_up(folder: Path, config: RunConfig, attempt: int, watch: Watchdog, verify: bool = False) -> Run:
+    """Build everything, restore the newest verified checkpoint if there is one, and print what follows from the config.
 
-    config: RunConfig
-    folder: Path
-    attempt: int
-    flag: Flag
-    device: torch.device
-    data: Data
-    derived: Derived
-    model: Any
-    strategy: Any
-    optimizer: Any
-    parameters: list[Any]
-    names: dict[Any, str]
-    batches: Batches
-    validation: dict[str, Batches]
-    samples: Samples
-    history: History
-    groups: GroupMetrics
-    trace: Trace
-    progress: Progress
-    architecture: dict[str, Any]
-    flops_per_token: int | None
-    peak_flops: float | None
-    started: float = field(default_factory=time.monotonic)
-    saved_at: float = field(default_factory=time.monotonic)
-    saved_step: int = -1
-    step: int = 0
-    position: int = 0
-    bad_steps: int = 0
-    skipped: list[list[int]] = field(default_factory=list)
-    data_seconds: float = 0.0
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def tensors(self) -> dict[str, Any]:
-        """All tensors of a checkpoint, as the strategy gives and takes them."""
-        found: dict[str, Any] = self.strategy.tensors(self.model, self.optimizer, self.names)
-        return found
-
-    def lineage(self) -> dict[str, Any]:
-        """Where the run came from, as `run.json` records it."""
-        lineage: dict[str, Any] = read_json(self.folder / "run.json").get("lineage", {})
-        return lineage
-
-    def state(self) -> dict[str, Any]:
-        """All of a checkpoint that is no tensor."""
-        return {
-            "optimizer": self.optimizer.hyperparameters(),
-            "bad_steps": self.bad_steps,
-            "skipped": self.skipped,
-            "architecture": self.architecture,
-            "data": self.data.identity(),
-        }
-
-
-def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
-    """Build everything, restore the newest verified checkpoint if there is one, and print what follows from the config."""
+    Args:
+        verify: train the last recorded steps once more before, and refuse to go on if they differ.
+    """
     device = distributed.start(config.resources)
     rank, world = distributed.rank(), distributed.world()
+    faults.locate(rank=rank, attempt=attempt, step=0)
+    watch.stop_timeout = config.guard.stop_timeout
+    fault("start.begin")
     strategy = distributed.together(lambda: open_strategy(config, device, world))
     progress = Progress(rank == 0, 0)
     distributed.together(lambda: follow.check(config))
     trace_folder = folder / "profile" / str(attempt)
     trace = distributed.together(lambda: Trace(config.metrics, trace_folder, rank, device, progress.say))
-    opened = open_data(config, folder, progress)
+    watch.heart.beat("data preparation")
+    opened = open_data(config, folder, progress, watch.told)
+    watch.patience = config.guard.first_step_timeout
+    watch.heart.beat("model")
+    fault("start.model")
     borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
     derived = distributed.together(lambda: derive(config, world, opened.train))
     source, below = starting_point(config, folder)
@@ -125,7 +76,8 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
         config=config,
         folder=folder,
         attempt=attempt,
-        flag=flag,
+        watch=watch,
+        detector=SpikeDetector(config.guard),
         device=device,
         data=opened,
         derived=derived,
@@ -153,7 +105,12 @@ def set_up(folder: Path, config: RunConfig, attempt: int, flag: Flag) -> Run:
     progress.steps = derived.steps
     if source is not None:
         record_start(run, source, loaded)
+    watch.heart.beat("restore")
+    if verify:
+        replay(run)
     restore(run)
+    fault("start.restored")
+    watch.heart.beat("model check")
     distributed.together(lambda: check_model(model, strategy, config.train.precision, device))
     if borders is not None:
         check_masking(run)
@@ -182,11 +139,22 @@ def open_history(run: Run) -> History:
     return History(path, follow.follow(run.config, run.folder, run.step, history.read(path), tell))
 
 
-def open_data(config: RunConfig, folder: Path, progress: Progress) -> Data:
-    """The token tables, prepared by rank 0 if they have to be, verified, their tokenizer copied into the run folder."""
+def open_data(config: RunConfig, folder: Path, progress: Progress, told: Callable[[], str] = lambda: "") -> Data:
+    """The token tables, prepared by rank 0 if they have to be, verified, their tokenizer copied into the run folder.
+
+    Args:
+        told: whether a signal came to any rank; then the preparation ends as preempted, with its finished parts kept.
+    """
+
+    def say(text: str) -> None:
+        progress.say(text)
+        signal = told()
+        if signal:
+            raise RunError(f"{signal} came while data was prepared; finished parts are kept", outcome=Outcome.PREEMPTED)
 
     def prepared() -> dict[str, Path]:
-        paths = data.prepare(config.data, progress.say)
+        fault("start.data")
+        paths = data.prepare(config.data, say)
         for path in paths.values():
             data.verify(path)
         if not (folder / "tokenizer").exists():
@@ -224,51 +192,6 @@ def record_start(run: Run, source: pretrained.Source, count: int) -> None:
         runfolder.record_event(run.folder, "initialized", **lineage)
         record = read_json(run.folder / "run.json")
         write_json(run.folder / "run.json", {**record, "lineage": {**record["lineage"], **lineage}})
-
-
-def restore(run: Run) -> None:
-    """Load the newest checkpoint that verifies; without one, start at step 0 with an empty history."""
-    found = newest_verified(run.checkpoints)
-    new = configuration.resolved(run.config)
-    if found is not None:
-        folder, manifest = found
-
-        def same_run() -> dict[str, Any]:
-            changed = configuration.check_resume(manifest.config, new)
-            check_data(manifest, run.data.identity())
-            return changed
-
-        changed = distributed.together(same_run)
-        tensors = run.tensors()
-        entries = load(folder, manifest, tensors)
-        run.strategy.adopt(tensors, run.model, run.optimizer, run.names)
-        run.step, run.position, run.saved_step = manifest.step, manifest.position, manifest.step
-        run.bad_steps, run.skipped = manifest.state["bad_steps"], manifest.state["skipped"]
-        run.progress.say(f"resumed from {folder.name}: {entries} tensors restored, position {run.position}")
-        if distributed.rank() == 0:
-            kept = {key: list(values) for key, values in changed.items()}
-            runfolder.record_event(run.folder, "resumed", attempt=run.attempt, step=run.step, changed=kept)
-            for key, (before, after) in changed.items():
-                run.progress.say(f"changed since the save: {key} from {before!r} to {after!r}")
-    if distributed.rank() == 0:
-        for file in (run.folder / "metrics.jsonl", run.samples.path):
-            history.cut(file, run.step)
-
-
-def check_data(manifest: manifests.Manifest, identity: dict[str, Any]) -> None:
-    """Refuse to go on with other data than the checkpoint's."""
-    saved = manifest.state["data"]
-    facts = [("another tokenizer", saved["tokenizer"], identity["tokenizer"])]
-    for name, source in identity["sources"].items():
-        what = "other training tokens" if len(identity["sources"]) == 1 else f"other training tokens of {name}"
-        facts.append((what, saved["sources"][name]["train_sha256"], source["train_sha256"]))
-    for what, before, now in facts:
-        if before != now:
-            raise RunError(
-                f"the prepared data has {what} than the checkpoint of step {manifest.step} was trained on",
-                where=f"data ({before[:12]} was saved, {now[:12]} is here)",
-                mend="give the table of that run as data.table, or start a new run",
-            )
 
 
 def describe(run: Run) -> None:

@@ -16,7 +16,9 @@ from tests.dist.bodies import fingerprint, whole
 from tests.models import ARCHITECTURES
 from trainer import config as configuration
 from trainer import assembly, runfolder, setup
+from trainer.guard.heartbeat import Heartbeat
 from trainer.guard.signals import Flag
+from trainer.guard.watchdog import Watchdog
 from trainer.outcome import RunError
 
 
@@ -39,7 +41,7 @@ def start(path: str, overrides: list[str]) -> dict[str, Any]:
         runfolder.new_attempt(config.folder)
     dist.barrier()
     try:
-        run = setup.set_up(config.folder, config, 1, Flag())
+        run = setup.set_up(config.folder, config, 1, Watchdog(Heartbeat(None), Flag(), config.folder, 0))
     except RunError as error:
         return {"error": str(error)}
     tensors = {name: tensor for name, tensor in run.tensors().items() if name.startswith("model.")}

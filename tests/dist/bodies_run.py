@@ -12,7 +12,10 @@ import torch.distributed as dist
 from tests.dist.bodies import fingerprint
 from trainer import config as configuration
 from trainer import loop, runfolder, setup
+from trainer.guard.faults import arm
+from trainer.guard.heartbeat import Heartbeat
 from trainer.guard.signals import Flag
+from trainer.guard.watchdog import Watchdog
 from trainer.metrics.history import lasting
 from trainer.outcome import RunError
 
@@ -26,7 +29,7 @@ class StopAt(Flag):
 
     @property
     def signal(self) -> str | None:  # type: ignore[override]
-        here = self.run is not None and self.at is not None and self.run.step + 1 == self.at
+        here = self.run is not None and self.run.step + 1 == self.at and self.run.heart.phase == "agreement"
         return "SIGTERM" if here and dist.get_rank() == dist.get_world_size() - 1 else None
 
     @signal.setter
@@ -35,9 +38,9 @@ class StopAt(Flag):
 
 
 def train(
-    path: str, overrides: list[str], stop_at: int | None = None, poison: int | None = None
+    path: str, overrides: list[str], stop_at: int | None = None, faults: str = "", verify: bool = False
 ) -> dict[str, Any]:
-    """Create or resume the run of a YAML file, train it, and say how it ended. `poison`: NaN loss at that step, rank 0."""
+    """Create or resume the run of a YAML file, train it with faults on purpose, and say how it ended."""
     config = configuration.load(Path(path), overrides)
     if dist.get_rank() == 0:
         if not config.folder.exists():
@@ -46,15 +49,14 @@ def train(
     dist.barrier()
     attempt = max(int(p.name) for p in (config.folder / "logs").iterdir())
     flag = StopAt(stop_at)
+    arm(faults)
     try:
-        run = setup.set_up(config.folder, config, attempt, flag)
+        run = setup.set_up(config.folder, config, attempt, watchdog(config.folder, attempt, flag), verify)
     except RunError as error:
         return {"error": str(error)}
     flag.run = run
     started = run.step
     loaded = fingerprint(run.tensors()) if started else {}
-    if poison is not None and dist.get_rank() == 0:
-        _poison(run, poison)
     outcome, message = loop.train(run)
     run.trace.close()
     run.history.close()
@@ -70,18 +72,11 @@ def train(
         "tensors": fingerprint(run.tensors()),
         "history": records,
         "skipped": run.skipped,
+        "events": [{k: v for k, v in event.items() if k != "time"} for event in runfolder.events(config.folder)],
         "loss": [r["loss"] for r in records if "loss" in r],
     }
 
 
-def _poison(run: Any, step: int) -> None:
-    """Make this rank's gradient NaN at one step of this run."""
-    true_gradients = run.strategy.gradients
-
-    def poisoned(parameters: list[Any]) -> Any:
-        shares = true_gradients(parameters)
-        if run.step + 1 == step:
-            next(share for share, _ in shares if share.numel()).view(-1)[0] = torch.nan
-        return shares
-
-    run.strategy.gradients = poisoned
+def watchdog(folder: Path, attempt: int, flag: Flag) -> Watchdog:
+    """One that is not started: tests have timeouts of their own."""
+    return Watchdog(Heartbeat(None), flag, folder / "logs" / str(attempt), dist.get_rank())

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.dist import bodies_run
 
@@ -37,6 +39,10 @@ evaluate: {{every: 7 steps}}
 metrics: {{groups_every: 5 steps}}
 resources: {{device: cpu}}
 """
+
+
+# Not finite both times that it is computed.
+NAN = "nan@step.gradient rank=0 step={step} times=2"
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +187,7 @@ def test_end_of_data_saves_and_says_so(group, place) -> None:
 
 
 def test_a_nan_on_one_rank_is_applied_by_none_and_the_window_recorded(group, place, calm) -> None:
-    results = group(2, bodies_run.train, str(place / "run.yaml"), ["--name=nan"], 6, 5)
+    results = group(2, bodies_run.train, str(place / "run.yaml"), ["--name=nan"], 6, NAN.format(step=5))
     for result in results:
         assert result["skipped"] == [[32, 8]]
     first = results[0]
@@ -192,10 +198,12 @@ def test_a_nan_on_one_rank_is_applied_by_none_and_the_window_recorded(group, pla
     assert all(r["loss"] is not None for r in second["history"][6:] if "loss" in r)
 
 
-def test_divergence_ends_with_its_own_outcome_and_without_a_new_checkpoint(group, place) -> None:
-    end = resumed(group, place, "div", [(2, None)], "--optim.lr=1e30", "--optim.adamw.lr=1e30", "--train.max_bad_steps=2")[0]
+def test_divergence_ends_with_its_own_outcome_and_leaves_finite_checkpoints(group, place) -> None:
+    end = resumed(group, place, "div", [(2, None)], "--optim.lr=1e30", "--optim.adamw.lr=1e30", "--guard.max_skips=2")[0]
     assert end["outcome"] == "diverged"
-    assert not list((place / "runs/div/checkpoints").glob("step-*"))
+    shards = list((place / "runs/div/checkpoints").glob("step-*/*.safetensors"))
+    assert shards
+    assert all(torch.isfinite(t).all() for shard in shards for t in load_file(shard).values() if t.is_floating_point())
 
 
 def test_changed_data_tokenizer_and_model_are_refused(group, place) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.dist import bodies, bodies_run, bodies_strategies, strategies
 from tests.dist.strategies import TORCH
-from tests.dist.test_run import place, resumed  # noqa: F401  (place is a fixture)
+from tests.dist.test_run import NAN, place, resumed  # noqa: F401  (place is a fixture)
 from trainer.parallel import ddp, fsdp2
 
 SINGLE, DDP, HSDP = ((TORCH[name][1],) for name in ("single", "ddp", "fsdp2, replicate: 2"))
@@ -95,7 +95,7 @@ def test_each_replica_orthogonalizes_its_share(group) -> None:
 
 
 def test_a_nan_on_one_rank_of_replicas_is_applied_by_none(group, place) -> None:  # noqa: F811
-    results = group(2, bodies_run.train, str(place / "run.yaml"), ["--name=nan-ddp", *SHORT, *DDP], None, 3)
+    results = group(2, bodies_run.train, str(place / "run.yaml"), ["--name=nan-ddp", *SHORT, *DDP], None, NAN.format(step=3))
     assert [r["skipped"] for r in results] == [[[16, 8]]] * 2
     assert results[0]["tensors"] == results[1]["tensors"]
 

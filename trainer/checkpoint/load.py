@@ -17,11 +17,13 @@ from trainer.checkpoint.save import describe
 from trainer.outcome import RunError
 
 
-def newest_verified(checkpoints: Path) -> tuple[Path, Manifest] | None:
+def newest_verified(checkpoints: Path, good: bool = False, before: int | None = None) -> tuple[Path, Manifest] | None:
     """The newest generation that verifies, the same on all ranks; bad ones are named and moved to `quarantine/`."""
     for folder in distributed.on_rank_zero(lambda: manifests.generations(checkpoints)):
         manifest, damage = _examine(folder)
         if damage is None and manifest is not None:
+            if (good and not manifest.state.get("good", True)) or (before is not None and manifest.step >= before):
+                continue
             return folder, manifest
         if distributed.rank() == 0:
             place = manifests.quarantine(folder, str(damage))

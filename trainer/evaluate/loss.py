@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from trainer import distributed
 from trainer.data.batches import Batches
+from trainer.guard.faults import fault
 from trainer.model.loss import summed_loss, token_count
 
 
@@ -37,19 +39,25 @@ def mixed(results: dict[str, Measured], weights: dict[str, Fraction]) -> tuple[f
     return loss, loss / math.log(2) / density
 
 
-def validation_losses(run: Any) -> dict[str, Measured]:
-    """Loss on the validation sequences of each source, or on the first `evaluate.sequences` of each."""
+def validation_losses(run: Any, between: Callable[[], None] = lambda: None) -> dict[str, Measured]:
+    """Loss on the validation sequences of each source, or on the first `evaluate.sequences` of each.
+
+    Args:
+        between: called after every batch; it may raise, on all ranks alike, to end the validation.
+    """
     run.model.eval()
-    results = {
-        name: _measure(run, batches, run.data.validation[name].sequences) for name, batches in run.validation.items()
-    }
-    run.model.train()
-    run.strategy.settle(run.model)
-    return results
+    try:
+        return {
+            name: _measure(run, batches, run.data.validation[name].sequences, between)
+            for name, batches in run.validation.items()
+        }
+    finally:
+        run.model.train()
+        run.strategy.settle(run.model)
 
 
 @torch.no_grad()
-def _measure(run: Any, batches: Batches, total: int) -> Measured:
+def _measure(run: Any, batches: Batches, total: int, between: Callable[[], None]) -> Measured:
     total = min(total, run.config.evaluate.sequences or total)
     portion = distributed.world() * batches.rows
     sums = torch.zeros(2, dtype=torch.float64)
@@ -59,5 +67,7 @@ def _measure(run: Any, batches: Batches, total: int) -> Measured:
             with run.strategy.context():
                 loss = summed_loss(run.strategy.forward, *batch.to(run.device))
             sums += torch.tensor([float(loss), token_count(batch.targets)], dtype=torch.float64)
+        fault("validate.batch")
+        between()
     loss_sum, tokens = distributed.sum_over_ranks(sums.tolist(), run.device)
     return Measured(loss_sum / max(tokens, 1.0), int(tokens), batches.bytes(0, total))

@@ -72,8 +72,16 @@ def parse(text: str) -> list[Fault]:
     return found
 
 
-_faults = parse(os.environ.get(VARIABLE, ""))
+_faults: list[Fault] = []
 _here: dict[str, int] = {}
+
+
+def arm(text: str) -> None:
+    """Ask for the faults of `text` and no others."""
+    _faults[:] = parse(text)
+
+
+arm(os.environ.get(VARIABLE, ""))
 
 
 def locate(**where: int) -> None:

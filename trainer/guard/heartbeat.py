@@ -49,6 +49,7 @@ class Heartbeat:
     def __init__(self, path: Path | None) -> None:
         self.phase, self.step, self.position, self.beats, self.signal = "start-up", 0, 0, 0, ""
         self.changed = time.monotonic()
+        self._host = socket.gethostname().encode()[:64]
         self._map: mmap.mmap | None = None
         if path is not None:
             with open(path, "w+b") as file:
@@ -79,7 +80,7 @@ class Heartbeat:
         if self._map is None:
             return
         since = time.time() - (time.monotonic() - self.changed)
-        words = (self.phase.encode()[:32], self.signal.encode()[:16], socket.gethostname().encode()[:64])
+        words = (self.phase.encode()[:32], self.signal.encode()[:16], self._host)
         record = _RECORD.pack(os.getpid(), self.beats, self.step, self.position, since, *words)
         self._map[: _RECORD.size + _CRC.size] = record + _CRC.pack(zlib.crc32(record))
 

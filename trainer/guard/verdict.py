@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.distributed import sum_over_ranks
+from trainer.distributed import sum_over_ranks, world
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Verdict:
     stop: str
     """Why the run should save and end now; empty if it should go on."""
     save_due: bool
+    saved: bool
+    """Whether a save behind the run's back is complete on all ranks."""
     rejected: int
     """Matrices whose update the optimizer rejected in the step before, over all ranks."""
 
@@ -36,7 +38,7 @@ class Verdict:
 
 def agree(
     gradients: list[tuple[Tensor, int]], loss_sum: float, tokens: int, expected: int, *, signal: bool, timeout: bool, save_due: bool,
-    rejected: int, device: torch.device,
+    saved: bool, rejected: int, device: torch.device,
 ) -> Verdict:  # fmt: skip
     """Reduce this rank's sums and flags.
 
@@ -45,18 +47,37 @@ def agree(
             copy of it.
     """
     square = float(local_square(gradients))
-    facts = [loss_sum, float(tokens), square, float(signal), float(timeout), float(save_due), float(rejected)]
-    total, count, square, signals, timeouts, saves, refused = sum_over_ranks(facts, device)
+    facts = [
+        loss_sum,
+        float(tokens),
+        square,
+        float(signal),
+        float(timeout),
+        float(save_due),
+        float(saved),
+        float(rejected),
+    ]
+    total, count, square, signals, timeouts, saves, complete, refused = sum_over_ranks(facts, device)
     ratio = expected / max(count, 1.0)
     return Verdict(
         loss=total / max(count, 1.0),
         tokens=int(count),
         gradient_norm=math.sqrt(square) * ratio if square >= 0 else math.nan,
         ratio=ratio,
-        stop="a signal came" if signals else "train.time_limit is reached" if timeouts else "",
+        stop=_why(signals, timeouts),
         save_due=saves > 0,
+        saved=complete == world(),
         rejected=int(refused),
     )
+
+
+def agree_to_stop(*, signal: bool, timeout: bool, device: torch.device) -> str:
+    """Why the run should save and end now, as any rank knows; empty if it should go on."""
+    return _why(*sum_over_ranks([float(signal), float(timeout)], device))
+
+
+def _why(signals: float, timeouts: float) -> str:
+    return "a signal came" if signals else "train.time_limit is reached" if timeouts else ""
 
 
 @torch.no_grad()
