@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import children, evidence
+from launch.culprit import ranks as names
 from launch.retry import Attempt, digest_of
 from trainer.files import write_json
 from trainer.outcome import Outcome
@@ -83,7 +84,8 @@ def silent(logs: Path, asked: bool, checkpoint: int, ended: str = "") -> dict[st
     if killed:
         message = f"rank {killed[0].rank} was killed by {killed[0].signal}"
     elif any(note.get("why") != "parent is gone" for note in hung.values()):
-        message = f"ranks {', '.join(map(str, hung))} ended themselves: {next(iter(hung.values())).get('why')}"
+        whys = [str(note.get("why")) for note in hung.values()]
+        message = f"{names(list(hung))} ended: {next((why for why in whys if why != 'another rank hangs'), whys[0])}"
     elif hung:
         message = "torchrun was killed"
     elif asked and evidence.steps_done(logs) <= checkpoint:
@@ -98,9 +100,9 @@ def silent(logs: Path, asked: bool, checkpoint: int, ended: str = "") -> dict[st
 def for_retry(folder: Path, record: dict[str, Any]) -> Attempt:
     """A record as the decision on a retry takes it."""
     outcome, message = Outcome(record["outcome"]), str(record["message"])
-    traceback = ""
+    traceback, told = "", outcome is Outcome.BUG and message.startswith("error:")
     if outcome is Outcome.BUG:
         log = folder / "logs" / str(record["attempt"]) / f"rank-{record.get('rank', 0)}.log"
         traceback = digest_of(evidence.traceback_of(log), message)
     planned = outcome is Outcome.PREEMPTED and "train.time_limit" in message
-    return Attempt(outcome, record["checkpoint"], traceback, record["asked"], planned)
+    return Attempt(outcome, record["checkpoint"], traceback, record["asked"], told, planned)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,11 +200,7 @@ def judge(node: Node, asked: bool) -> retry.Again | retry.Stop:
         if number > node.began
     ]
     past = [attempt.for_retry(node.folder, record) for record in records if record is not None]
-    return retry.decide([*past[:-1], *([_asked(past[-1])] if asked else past[-1:])], node.start_step, node.restarts)
-
-
-def _asked(last: retry.Attempt) -> retry.Attempt:
-    return retry.Attempt(last.outcome, last.checkpoint, last.traceback, asked=True, planned=last.planned)
+    return retry.decide([*past[:-1], replace(past[-1], asked=past[-1].asked or asked)], node.start_step, node.restarts)
 
 
 def unstarted(number: int) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class Attempt:
     """Digest of a bug's traceback (`digest_of`)."""
     asked: bool = False
     """The launcher's user, or its scheduler, asked for the end by a signal to the launcher."""
+    told: bool = False
+    """A bug that the trainer found itself and told as a sentence, e.g. that it cannot repeat the recorded steps."""
     planned: bool = False
     """The run ended itself at `train.time_limit`."""
 
@@ -69,6 +71,8 @@ def decide(attempts: Sequence[Attempt], start: int, restarts: int = RESTARTS) ->
         return Stop("a signal asked for the end")
     if last.planned:
         return Stop("train.time_limit is reached")
+    if last.told:
+        return Stop("the trainer itself found what is wrong")
     if restarts == 0:
         return Stop("one attempt was asked for")
     idle = without_progress(attempts, start)

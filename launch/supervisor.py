@@ -16,18 +16,21 @@ if TYPE_CHECKING:
 LOG = "torchrun.log"
 
 
-def supervise(config: RunConfig, folder: Path, restarts: int = retry.RESTARTS) -> dict[str, Any]:
+def supervise(config: RunConfig, folder: Path, restarts: int = retry.RESTARTS, verify: bool = False) -> dict[str, Any]:
     """Run attempts until one ends for good; returns its record (`launch/attempt.py`).
+
+    With `verify`, attempts begin by training the last recorded steps again, until one of them has left a newer checkpoint.
 
     A signal to this process goes on to the ranks, which save, and means: no attempt after this one.
 
     Raises:
         RunError: the folder of an attempt cannot be made.
     """
-    start, past = evidence.newest_checkpoint(folder) or 0, []
+    start, past = evidence.newest_checkpoint(folder) or 0, list[retry.Attempt]()
     with children.Asked() as asked:
         while True:
-            record = one(config, folder, asked)
+            verifies = verify and retry.without_progress(past, start) == len(past)
+            record = one(config, folder, asked, *(["--verify"] if verifies else []))
             past.append(attempt.for_retry(folder, record))
             decision = retry.decide(past, start, restarts)
             if isinstance(decision, retry.Stop):
@@ -43,12 +46,12 @@ def supervise(config: RunConfig, folder: Path, restarts: int = retry.RESTARTS) -
                 return record
 
 
-def one(config: RunConfig, folder: Path, asked: children.Asked) -> dict[str, Any]:
+def one(config: RunConfig, folder: Path, asked: children.Asked, *options: str) -> dict[str, Any]:
     """One attempt on this node, from its folder to its record."""
     number, began = runfolder.new_attempt(folder), time.time()
     logs = folder / "logs" / str(number)
     with open(logs / LOG, "w", encoding="utf-8") as log:
-        line = torchrun.attempt_command(config, folder, number)
+        line = [*torchrun.attempt_command(config, folder, number), *options]
         child = children.start(line, log, torchrun.variables(config))
         try:
             ended = attempt.watch(child, logs, LOG, asked)

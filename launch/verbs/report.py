@@ -49,11 +49,11 @@ def show(found: dict[str, Any]) -> None:
     lost = "" if running else f"; {found['lost_steps']} step{'s are' if found['lost_steps'] != 1 else ' is'} lost"
     print(f"step {found['step']:,} was reached; newest checkpoint: {checkpoint}{lost}")
     if found["ranks"]:
-        print(f"\n{'rank':>4}  {'phase':16}  {'step':>9}  {'signal':8}  {'in phase for':>12}  last sign of life  host")
+        print(f"\n{'rank':>4}  {'phase':20}  {'step':>9}  {'signal':8}  {'in phase for':>12}  last sign of life  host")
     for one in found["ranks"]:
         seconds = f"{one['phase_seconds']:.0f} s"
         print(
-            f"{one['rank']:>4}  {one['phase']:16}  {one['step']:>9,}  {one['signal']:8}  {seconds:>12}  "
+            f"{one['rank']:>4}  {one['phase']:20}  {one['step']:>9,}  {one['signal']:8}  {seconds:>12}  "
             f"{one['silent_seconds']:>10.1f} s ago  {one['host']}"
         )
     if found["evidence"]:

@@ -59,6 +59,8 @@ class Resume:
 
     OVERRIDES: ClassVar[bool] = True
     run: RunName
+    verify: bool = False
+    """First train the last recorded steps again and compare them bit for bit, on the number of ranks that saved."""
     restarts: Restarts = RESTARTS
     runs: Runs = Path("runs")
 
@@ -68,14 +70,14 @@ class Resume:
         folder, config = process.opened(self.run, self.runs, overrides)
         if overrides:
             runfolder.write_config(folder, config)
-        return train(config, folder, self.restarts)
+        return train(config, folder, self.restarts, self.verify)
 
 
-def train(config: Any, folder: Path, restarts: int) -> int:
+def train(config: Any, folder: Path, restarts: int, verify: bool = False) -> int:
     """Attempts in the foreground, and what follows the last."""
     from launch.supervisor import supervise
 
-    return told(config, folder, supervise(config, folder, restarts))
+    return told(config, folder, supervise(config, folder, restarts, verify))
 
 
 def told(config: Any, folder: Path, outcome: dict[str, Any]) -> int:

@@ -48,6 +48,7 @@ def attempts(outcome: Outcome, *checkpoints: int, **facts: object) -> list[Attem
         (attempts(BUG, 20, 30, traceback="a") + attempts(BUG, 40, traceback="b"), 3, 1, "seen 1 of 3 times"),
         ([Attempt(BUG, 10, name) for name in "abcd"], 3, None, "4 attempts in a row"),
         (attempts(BUG, 20, traceback="a") + attempts(LOST, 30) + attempts(BUG, 40, traceback="a"), 3, 1, "seen 2 of 3"),
+        (attempts(BUG, 20, told=True), 3, None, "itself found"),
         # never
         (attempts(Outcome.FINISHED, 40), 3, None, "finished"),
         (attempts(Outcome.DIVERGED, 40), 3, None, "diverge"),
