@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # The first quickstart is called `quickstart`; later ones carry the time, because a run is never written over.
 NAME   ?= $(shell test -e runs/quickstart && date +quickstart-%Y%m%d-%H%M%S || echo quickstart)
 
-.PHONY: help install quickstart test lint bench tables schema clean
+.PHONY: help install quickstart test test-chaos lint bench tables schema clean
 
 help:        ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -23,7 +23,10 @@ quickstart: install  ## pretrain a small Llama on real text, in minutes
 	$(BIN)/orthogon run configs/quickstart.yaml --name=$(NAME)
 
 test: install        ## all fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-chaos: install  ## nodes that are killed and cut off, in minutes; needs root for network namespaces
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -p no:cacheprovider
 
 lint: install        ## style and types
 	$(BIN)/ruff check .

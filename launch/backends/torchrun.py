@@ -1,8 +1,9 @@
-"""torchrun on this machine, in the foreground."""
+"""torchrun on this machine: its command lines, and tasks that it runs on several ranks."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,7 +19,9 @@ from trainer.outcome import Outcome, read_outcome
 if TYPE_CHECKING:
     from trainer.config import RunConfig
 
-SHUTDOWN_SECONDS = 600
+MORE_SECONDS = 30
+"""What torchrun waits for its ranks beyond the time in which they promise to answer a signal."""
+NODE = ("--standalone", "--nnodes=1")
 
 
 def ranks(config: RunConfig) -> int:
@@ -32,36 +35,33 @@ def ranks(config: RunConfig) -> int:
     return max(1, count)
 
 
-def attempt_command(config: RunConfig, folder: Path, attempt: int) -> list[str]:
-    """The torchrun command of an attempt."""
-    return command(config, "train", str(folder), f"--attempt={attempt}")
+def attempt_command(config: RunConfig, folder: Path, attempt: int, node: tuple[str, ...] = NODE) -> list[str]:
+    """The torchrun command of an attempt; `node` tells where the ranks of all nodes meet."""
+    return command(config, "train", str(folder), f"--attempt={attempt}", node=node)
 
 
-def command(config: RunConfig, *task: str) -> list[str]:
+def command(config: RunConfig, *task: str, node: tuple[str, ...] = NODE) -> list[str]:
     """`python -m trainer TASK` on every rank. torchrun must not restart: that would retry what is deterministic."""
     line = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc-per-node={ranks(config)}",
+        sys.executable, "-m", "torch.distributed.run", *node, f"--nproc-per-node={ranks(config)}",
         "--max-restarts=0", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     ]  # fmt: skip
     major, minor = (int(part) for part in metadata.version("torch").split(".")[:2])
     if (major, minor) >= (2, 13):
-        line.append(f"--shutdown-timeout={SHUTDOWN_SECONDS}")
+        line.append(f"--shutdown-timeout={shutdown_seconds(config)}")
     return [*line, "-m", "trainer", *task]
 
 
-def run(config: RunConfig, folder: Path, attempt: int) -> dict[str, Any]:
-    """Run an attempt to its end and return its outcome; signals to this process go on to the ranks."""
-    logs = folder / "logs" / str(attempt)
-    variables = process.environment(OMP_NUM_THREADS=str(config.resources.threads_per_rank))
-    variables.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    line = attempt_command(config, folder, attempt)
-    with open(logs / "torchrun.log", "w", encoding="utf-8") as log:
-        child = subprocess.Popen(line, stderr=log, env=variables, start_new_session=True)
-        code, _ = process.wait(child)
-    outcome = read_outcome(logs)
-    if outcome["outcome"] == Outcome.FINISHED.value and code != 0:
-        outcome = {**outcome, "message": f"{outcome['message']} (torchrun ended with {code})"}
-    return outcome
+def shutdown_seconds(config: RunConfig) -> int:
+    """What torchrun gives the ranks to save after it passed a signal on."""
+    return math.ceil(config.guard.stop_timeout) + MORE_SECONDS
+
+
+def variables(config: RunConfig) -> dict[str, str]:
+    """The environment of torchrun."""
+    found = process.environment(OMP_NUM_THREADS=str(config.resources.threads_per_rank))
+    found.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(shutdown_seconds(config)))
+    return found
 
 
 def answer(config: RunConfig, *task: str, alone: bool = False) -> Any:
@@ -72,9 +72,8 @@ def answer(config: RunConfig, *task: str, alone: bool = False) -> Any:
     folder = Path(tempfile.mkdtemp(prefix="orthogon-"))
     task = (*task, f"--answer={folder}")
     line = [sys.executable, "-m", "trainer", *task] if alone or ranks(config) == 1 else command(config, *task)
-    variables = process.environment(OMP_NUM_THREADS=str(config.resources.threads_per_rank))
     with open(folder / "task.log", "w", encoding="utf-8") as log:
-        child = subprocess.Popen(line, stderr=log, env=variables, start_new_session=True)
+        child = subprocess.Popen(line, stderr=log, env=variables(config), start_new_session=True)
         _, passed = process.wait(child)
     if passed is None and (folder / "answer.json").exists():
         value = json.loads((folder / "answer.json").read_text(encoding="utf-8"))

@@ -13,6 +13,8 @@ from typing import Any
 VERBS = {
     "run": "runs:Run",
     "resume": "runs:Resume",
+    "node": "node:Node",
+    "report": "report:Report",
     "branch": "branch:Branch",
     "diff": "diff:Diff",
     "evaluate": "evaluate:Evaluate",

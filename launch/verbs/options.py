@@ -14,6 +14,9 @@ RunName = Annotated[Positional[str], arg(metavar="RUN", help="The run's name.")]
 Runs = Annotated[Path, arg(help="The folder of the run folders.")]
 Step = Annotated[int | None, arg(help="The step of the checkpoint; none takes the newest.")]
 Export = Annotated[Path | None, arg(help="Take the weights of this export instead of a checkpoint's.")]
+Restarts = Annotated[
+    int, arg(help="Restarts in a row that may pass without a newer checkpoint; 0 makes one attempt only.")
+]
 Json = Annotated[bool, arg(help="Print JSON, for programs.")]
 
 

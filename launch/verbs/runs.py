@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar
 from tyro.conf import Positional, arg
 
 from launch import process
-from launch.verbs.options import RunName, Runs
+from launch.retry import RESTARTS
+from launch.verbs.options import Restarts, RunName, Runs
 from trainer.outcome import Outcome
 
 
@@ -17,7 +18,8 @@ from trainer.outcome import Outcome
 class Run:
     """Train a configuration in the foreground through torchrun.
 
-    `--section.key=value` overrides the file.
+    `--section.key=value` overrides the file. An attempt that is lost to a dead rank, a hang or a preemption is followed
+    by another one, from the newest checkpoint.
     """
 
     OVERRIDES: ClassVar[bool] = True
@@ -25,6 +27,9 @@ class Run:
     """The YAML file of the run."""
     dry_run: bool = False
     """Print the command and the configuration, and start nothing."""
+    make_only: bool = False
+    """Make the run folder and start nothing: `orthogon node` or `resume` will."""
+    restarts: Restarts = RESTARTS
 
     def __call__(self, overrides: list[str]) -> int:
         import yaml
@@ -38,7 +43,11 @@ class Run:
             print(yaml.safe_dump(configuration.resolved(config), sort_keys=False))
             print(" ".join(torchrun.attempt_command(config, config.folder, 1)))
             return 0
-        return attempt(config, runfolder.create(config, runfolder.command_line()))
+        folder = runfolder.create(config, runfolder.command_line())
+        if self.make_only:
+            print(f"made {folder}")
+            return 0
+        return train(config, folder, self.restarts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +59,9 @@ class Resume:
 
     OVERRIDES: ClassVar[bool] = True
     run: RunName
+    verify: bool = False
+    """First train the last recorded steps again and compare them bit for bit, on the number of ranks that saved."""
+    restarts: Restarts = RESTARTS
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
@@ -58,27 +70,26 @@ class Resume:
         folder, config = process.opened(self.run, self.runs, overrides)
         if overrides:
             runfolder.write_config(folder, config)
-        return attempt(config, folder)
+        return train(config, folder, self.restarts, self.verify)
 
 
-def attempt(config: Any, folder: Path) -> int:
-    """One attempt in the foreground, and what follows it."""
-    from launch.backends import torchrun
-    from trainer import runfolder
+def train(config: Any, folder: Path, restarts: int, verify: bool = False) -> int:
+    """Attempts in the foreground, and what follows the last."""
+    from launch.supervisor import supervise
 
-    number = runfolder.new_attempt(folder)
-    outcome = torchrun.run(config, folder, number)
-    word = outcome["outcome"]
-    log = folder / "logs" / str(number)
-    print(
-        f"{word}: {outcome['message']}" if not outcome["message"].startswith("error:") else outcome["message"],
-        flush=True,
-    )
+    return told(config, folder, supervise(config, folder, restarts, verify))
+
+
+def told(config: Any, folder: Path, outcome: dict[str, Any]) -> int:
+    """Say how a run ended and what to do next; returns the exit code."""
+    word, message = outcome["outcome"], outcome["message"]
+    log = folder / "logs" / str(outcome["attempt"])
+    print(message if message.startswith("error:") else f"{word}: {message}", flush=True)
     if word == Outcome.FINISHED.value:
         return process.task("finish", str(folder))
     name = process.reference(config.name, Path(config.runs))
     if word in (Outcome.PREEMPTED.value, Outcome.INFRASTRUCTURE.value, Outcome.NO_SPACE.value):
         print(f"go on with: orthogon resume {name}")
     if word in (Outcome.BUG.value, Outcome.INFRASTRUCTURE.value):
-        print(f"logs: {log}/rank-*.log, {log}/torchrun.log")
+        print(f"why: orthogon report {name}; logs: {log}/rank-*.log, {log}/torchrun*.log")
     return int(outcome["exit_code"])

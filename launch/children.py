@@ -1,0 +1,125 @@
+"""Processes of an attempt: none outlives its launcher, and none is left when an attempt has ended."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, Any
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LEAVE_SECONDS = 5.0
+"""What processes get to leave by themselves after SIGTERM, or after their parent died."""
+_PDEATHSIG, _SUBREAPER = 1, 36  # prctl(2)
+
+
+class Asked:
+    """Whether a signal has asked this process for an end; installed for the time of a `with`."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Asked:
+        self._before = {number: signal.signal(number, self._note) for number in FORWARDED}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or number
+
+
+def start(line: list[str], log: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[Any]:
+    """Start a child in a session of its own, so that a terminal's Ctrl-C reaches it once, from here.
+
+    On Linux it gets SIGTERM if this process dies, even by SIGKILL, and what it leaves behind becomes a child of this
+    process, which can find and end it. Elsewhere only the child's own process group can be ended.
+    """
+    prepare = None
+    if sys.platform == "linux":
+        libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
+        libc.prctl(_SUBREAPER, 1, 0, 0, 0)
+
+        def prepare() -> None:
+            libc.prctl(_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            if os.getppid() != parent:  # it died in between
+                os._exit(1)
+
+    return subprocess.Popen(line, stderr=log, env=dict(environment), start_new_session=True, preexec_fn=prepare)
+
+
+def end(child: subprocess.Popen[Any], grace: float = LEAVE_SECONDS) -> None:
+    """End a child and all below it: SIGTERM, and after a grace SIGKILL."""
+    if child.poll() is None:
+        child.terminate()
+    _wait(child, grace)
+    sweep(child, 0.0)
+
+
+def sweep(child: subprocess.Popen[Any], grace: float = LEAVE_SECONDS) -> None:
+    """End what a child left behind, after a grace to leave by itself (ranks notice that their torchrun is gone)."""
+    deadline = time.monotonic() + grace
+    while (left := descendants(os.getpid())) and time.monotonic() < deadline:
+        _reap(left, child)
+        time.sleep(0.05)
+    while True:
+        for pid in left:
+            _kill(pid)
+        if child.poll() is None:
+            _kill(child.pid, group=True)
+        _wait(child, 1.0)
+        _reap(left, child)
+        left = descendants(os.getpid())
+        if not left and child.poll() is not None:
+            return
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one, its children first; empty where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(entry.parent.name))
+    found, queue = [], [pid]
+    while queue:
+        below = children.get(queue.pop(0), [])
+        found += below
+        queue += below
+    return found
+
+
+def _reap(pids: list[int], child: subprocess.Popen[Any]) -> None:
+    """Take the exit status of adopted processes; the child's own is for `Popen`."""
+    child.poll()
+    for pid in pids:
+        if pid != child.pid:
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                continue
+
+
+def _kill(pid: int, *, group: bool = False) -> None:
+    try:
+        (os.killpg if group else os.kill)(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _wait(child: subprocess.Popen[Any], seconds: float) -> None:
+    try:
+        child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return

@@ -1,0 +1,142 @@
+"""What an attempt left in its log folder, read without judging it: heartbeats, hang notes, torchrun's notes, logs."""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import manifest as manifests
+from trainer.files import read_json
+from trainer.guard import heartbeat
+from trainer.outcome import read_outcome
+
+ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+TAIL = 200_000  # bytes of a log that are looked at
+
+
+@dataclass(frozen=True)
+class Death:
+    """A rank that torchrun saw leave with an error."""
+
+    rank: int
+    host: str
+    code: int
+    """Exit code; minus the number of the signal that killed it."""
+    first: bool
+    """torchrun on its node saw it first."""
+
+    @property
+    def signal(self) -> str | None:
+        """The name of the signal that killed the rank, unless it was one that asks for an end."""
+        if self.code >= 0 or -self.code in ASKED:
+            return None
+        try:
+            return signal.Signals(-self.code).name
+        except ValueError:
+            return f"signal {-self.code}"
+
+
+def attempts(folder: Path) -> list[int]:
+    """The numbers of the attempts of a run, oldest first."""
+    logs = folder / "logs"
+    return sorted(int(path.name) for path in logs.iterdir() if path.name.isdigit()) if logs.is_dir() else []
+
+
+def told(logs: Path) -> dict[str, Any] | None:
+    """The outcome that a rank wrote, if one did."""
+    return read_outcome(logs) if (logs / "outcome.json").exists() else None
+
+
+def record(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none that can be read."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def hangs(logs: Path) -> dict[int, dict[str, Any]]:
+    """What the watchdogs of the ranks wrote before they ended them, by rank."""
+    found = {}
+    for path in logs.glob("hang-rank-*.json"):
+        number, note = path.stem.removeprefix("hang-rank-"), record(path)
+        if number.isdigit() and note is not None:
+            found[int(number)] = note
+    return dict(sorted(found.items()))
+
+
+def deaths(logs: Path) -> list[Death]:
+    """The ranks that torchrun, on each node, reports as failed: its table, or the one line where it was ended before."""
+    found = []
+    for path in sorted(logs.glob("torchrun*.log")):
+        text = _tail(path)
+        head, table, root = text.rpartition("Root Cause (first observed failure):")
+        if table:
+            found += [Death(**facts, first=True) for facts in _table(root)]
+            found += [Death(**facts, first=False) for facts in _table(head.rpartition("Failures:")[2])]
+            continue
+        line = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text)
+        if line and path.name == "torchrun.log":  # one node: the local rank is the rank
+            found.append(Death(int(line[2]), "", int(line[1]), first=True))
+    return found
+
+
+def failed(log: Path) -> bool:
+    """Whether torchrun has seen a rank fail: it ends the others then, unless a signal to itself is the reason. It names
+    the rank only after they have left."""
+    text = _tail(log)
+    return "failed (exitcode:" in text or ("closing signal" in text and "death signal" not in text)
+
+
+def traceback_of(log: Path) -> str:
+    """The last traceback in a log; empty without one."""
+    lines = _tail(log).splitlines()
+    starts = [number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    if not starts:
+        return ""
+    end = starts[-1] + 1
+    while end < len(lines) and lines[end].startswith((" ", "\t")):
+        end += 1
+    return "\n".join(lines[starts[-1] : end + 1])
+
+
+def last_lines(log: Path, count: int = 5) -> list[str]:
+    """The last lines of a log that say something."""
+    return [line for line in _tail(log).splitlines() if line.strip()][-count:]
+
+
+def steps_done(logs: Path) -> int:
+    """The steps that the farthest rank had done, as the heartbeats tell."""
+    return max((beat.step for beat in heartbeat.read_all(logs).values()), default=0)
+
+
+def newest_checkpoint(folder: Path) -> int | None:
+    """The step of the newest checkpoint with a right manifest and all files in full length; their content is not read."""
+    for path in manifests.generations(folder / "checkpoints"):
+        try:
+            manifest = manifests.read(path)
+            manifests.check_names(path, manifest)
+            if all((path / name).stat().st_size == facts["size"] for name, facts in manifest.files.items()):
+                return manifest.step
+        except (manifests.Damaged, OSError):
+            continue
+    return None
+
+
+def _table(text: str) -> list[dict[str, Any]]:
+    pattern = r"host\s*: (\S*)\s+rank\s*: (\d+).*?\s+exitcode\s*: (-?\d+)"
+    return [{"host": host, "rank": int(rank), "code": int(code)} for host, rank, code in re.findall(pattern, text)]
+
+
+def _tail(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - TAIL))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
