@@ -38,7 +38,25 @@ finish: {{export: false}}
 
 def place(folder: Path, steps: int) -> Path:
     """A corpus and a configuration in a folder, which is returned."""
-    words = "the of sea light runs over under seven stones while green birds sing and nobody hears it".split()
+    words = [
+        "the",
+        "of",
+        "sea",
+        "light",
+        "runs",
+        "over",
+        "under",
+        "seven",
+        "stones",
+        "while",
+        "green",
+        "birds",
+        "sing",
+        "and",
+        "nobody",
+        "hears",
+        "it",
+    ]
     lines = [" ".join(words[(i * j + j) % len(words)] for j in range(1, 12)) + f" {i}." for i in range(40)]
     (folder / "corpus.txt").write_text("\n\n".join(lines))
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder, steps=steps))
@@ -107,7 +125,7 @@ def processes_of(folder: Path) -> list[str]:
 
 def outcomes(folder: Path) -> list[str]:
     """The outcome of each attempt, in order."""
-    attempts = sorted((int(p.name) for p in (folder / "logs").iterdir() if p.name.isdigit()))
+    attempts = sorted(int(p.name) for p in (folder / "logs").iterdir() if p.name.isdigit())
     return [read_json(folder / f"logs/{n}/attempt.json")["outcome"] for n in attempts]
 
 

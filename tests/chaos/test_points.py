@@ -16,6 +16,10 @@ SAVE_EVERY = 2
 AT_START = [p for p in POINTS if p.startswith(("start.", "load."))]
 IN_STEP = [p for p in POINTS if p.startswith("step.")]
 IN_SAVE = [p for p in POINTS if p.startswith("save.") and p not in ("save.background",)]
+RANK_ZERO = (
+    "start.data", "save.before_manifest", "save.after_manifest", "save.rename", "save.renamed", "save.prune",
+)  # fmt: skip
+"""Points that only rank 0 passes."""
 SAVED = ("save.renamed", "save.prune")
 """Points at which the generation is a checkpoint already."""
 
@@ -44,7 +48,7 @@ def kills() -> tuple[str, int]:
 
     for index, point in enumerate(IN_STEP + IN_SAVE):
         if index < len(AT_START):
-            strike(AT_START[index])
+            strike(AT_START[index], None, (0,) if AT_START[index] in RANK_ZERO else (0, 1))
         save = point in IN_SAVE
         strike(point, newest + (2 if save else 1) * SAVE_EVERY + (not save), (0,) if point in RANK_ZERO else (0, 1))
         newest += SAVE_EVERY * (1 + (point in SAVED))
@@ -53,9 +57,6 @@ def kills() -> tuple[str, int]:
     strike("end.begin", STEPS)
     strike("end.outcome", STEPS, (0,))
     return "; ".join(faults), attempt
-
-
-RANK_ZERO = ("save.before_manifest", "save.after_manifest", "save.rename", "save.renamed", "save.prune")
 
 
 @pytest.mark.timeout(1500)
@@ -85,7 +86,7 @@ def test_told_to_stop_at_every_point(place, calm) -> None:
     for index, (point, step) in enumerate(SIGNALLED):
         kind, rank = (
             ("term", "usr1", "int")[index % 3],
-            0 if point in (*RANK_ZERO, "end.outcome", "start.data") else index % 2,
+            0 if point in (*RANK_ZERO, "end.outcome") else index % 2,
         )
         words.append(f"{kind}@{point} rank={rank} attempt={index + 1}" + (f" step={step}" if step else ""))
     running = harness.Running(place, "told", "--restarts=100", faults="; ".join(words))
