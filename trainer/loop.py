@@ -104,6 +104,12 @@ def forward_backward(run: Run, count: int) -> Verdict:
         save_due=save_is_due(run),
         rejected=run.optimizer.take_rejected(),
         device=run.device,
+        facts={
+            "step": run.step,
+            "position": run.position,
+            "learning rates": [group["lr"] for group in run.optimizer.param_groups],
+            "parameters without a gradient": run.strategy.missing(run.parameters, run.names),
+        },
     )  # fmt: skip
 
 
