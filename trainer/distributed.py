@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -123,6 +124,30 @@ def _as_sentence(error: RunError | OSError) -> RunError:
     return RunError(
         str(error), where=where, mend=f"see the log of rank {rank()}", outcome=Outcome.of_errno(error.errno)
     )
+
+
+def digest(facts: Mapping[str, object]) -> float:
+    """A whole number below 2^16 that differs where facts do, but for one case in 65,536."""
+    return float(int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:2], "big"))
+
+
+def same(facts: Mapping[str, object], what: str, outcome: Outcome = Outcome.BAD_CONFIGURATION) -> None:
+    """Raise on all ranks, naming the first fact that differs and who has what, unless all ranks have the same facts.
+
+    Every rank gets the facts of every other: for the start, and for ranks that know already that they disagree.
+    """
+    found: list[Mapping[str, object]] = [{}] * world()
+    dist.all_gather_object(found, dict(facts))
+    for key in found[0] | {key: None for other in found for key in other}:
+        values = [repr(one.get(key)) for one in found]
+        odd = next((number for number, value in enumerate(values) if value != values[0]), None)
+        if odd is not None:
+            raise RunError(
+                f"the ranks disagree about {what}: {key} is {values[0][:100]} on rank 0 and {values[odd][:100]} on rank {odd}",
+                where=key,
+                mend="start all ranks from the same run folder, with the same code and packages",
+                outcome=outcome,
+            )
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

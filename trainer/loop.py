@@ -188,6 +188,12 @@ def forward_backward(run: Run, count: int) -> Verdict:
         saved=run.background is not None and run.background.done,
         rejected=run.optimizer.take_rejected(),
         device=run.device,
+        facts={
+            "step": run.step,
+            "position": run.position,
+            "learning rates": [group["lr"] for group in run.optimizer.param_groups],
+            "parameters without a gradient": run.strategy.missing(run.parameters, run.names),
+        },
     )  # fmt: skip
     fault("step.agreed")
     return verdict

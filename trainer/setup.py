@@ -95,6 +95,7 @@ def make_run(
 ) -> Run:
     """Data, model and optimizer, with the initial weights."""
     rank, world = distributed.rank(), distributed.world()
+    distributed.same(configuration.flatten(configuration.resolved(config)), "the configuration")
     strategy = distributed.together(lambda: open_strategy(config, device, world))
     distributed.together(lambda: follow.check(config))
     trace_folder = folder / "profile" / str(attempt)
@@ -138,7 +139,10 @@ def make_run(
         samples=Samples(folder, config.evaluate.prompts, config.evaluate.tokens, config.seed),
         history=History(None),
         groups=group_metrics(
-            config, made.optimizer, sum(s.sequences for s in opened.train.sources) / derived.sequences_per_step
+            config,
+            made.optimizer,
+            strategy,
+            sum(s.sequences for s in opened.train.sources) / derived.sequences_per_step,
         ),
         trace=trace,
         progress=progress,
@@ -168,11 +172,11 @@ def begin_where_it_was(run: Run) -> None:
     describe(run)
 
 
-def group_metrics(config: RunConfig, optimizer: Any, steps_per_epoch: float) -> GroupMetrics:
-    """What is measured of each parameter group, at the configured interval; nothing under DeepSpeed, whose flat partitions
-    do not keep parameters apart."""
-    interval = config.metrics.groups_every if config.parallel.name != "deepspeed" else None
-    return GroupMetrics(optimizer, int(split_interval(interval)[0]) if interval else None, steps_per_epoch)
+def group_metrics(config: RunConfig, optimizer: Any, strategy: Any, steps_per_epoch: float) -> GroupMetrics:
+    """What is measured of each parameter group, at the configured interval."""
+    interval = config.metrics.groups_every
+    every = int(split_interval(interval)[0]) if interval else None
+    return GroupMetrics(optimizer, every, steps_per_epoch, strategy.parts)
 
 
 def open_history(run: Run) -> History:
