@@ -161,7 +161,7 @@ def lead(node: Node, number: int, plan: nodes.Plan | None) -> dict[str, Any] | N
         if time.monotonic() < node.not_before:
             return None
     elif asked:
-        return end_all(node, unstarted(number + 1))
+        return end_all(node, unstarted(node.folder))
     elif len(living) < len(node.nodes.hosts) and time.monotonic() - node.started < START_SECONDS:
         return None
     try:
@@ -203,11 +203,10 @@ def judge(node: Node, asked: bool) -> retry.Again | retry.Stop:
     return retry.decide([*past[:-1], replace(past[-1], asked=past[-1].asked or asked)], node.start_step, node.restarts)
 
 
-def unstarted(number: int) -> dict[str, Any]:
-    """The record of a run that was asked to end before its first attempt."""
-    outcome = Outcome.PREEMPTED
-    message = "a signal came before the first attempt; nothing is lost"
-    return {"outcome": outcome.value, "exit_code": outcome.code, "message": message, "attempt": number}
+def unstarted(folder: Path) -> dict[str, Any]:
+    """The record of an attempt that was asked to end before any node worked on it."""
+    number = runfolder.new_attempt(folder)
+    return attempt.close(folder, number, True, time.time(), "")
 
 
 def end_all(node: Node, record: dict[str, Any]) -> dict[str, Any]:
