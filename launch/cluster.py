@@ -80,14 +80,16 @@ def step(node: Node) -> dict[str, Any] | None:
     end = evidence.record(node.folder / "nodes" / "end.json")
     if end is not None and end["attempt"] > node.began:
         return end
-    number = max([node.began, *evidence.attempts(node.folder)])
-    plan = nodes.read_plan(node.logs(number)) if number > node.began else None
-    if plan is not None and node.host in plan.members and node.nodes.mine.done < number:
+    plan = node.nodes.plan()
+    if plan is not None and plan.attempt > node.nodes.mine.done and node.host in plan.members:
         run(node, plan)
-    elif node.nodes.leads():
-        return lead(node, number, plan)
-    elif number > node.began and plan is None:
-        nodes.join(node.logs(number), node.host)
+        return None
+    number = max([node.nodes.mine.done, plan.attempt if plan else 0, *evidence.attempts(node.folder)])
+    if node.nodes.leads():
+        return lead(node, number, plan if plan and plan.attempt == number else None)
+    offered = node.nodes.offered(above=max(node.nodes.mine.done, plan.attempt if plan else 0))
+    if offered is not None:
+        nodes.join(offered, node.host)
     return None
 
 
@@ -112,6 +114,7 @@ def run(node: Node, plan: nodes.Plan) -> None:
         note_signal(node)
         return peer_gone(node, plan, begun, left)
 
+    node.logs(plan.attempt).mkdir(exist_ok=True)
     with open(node.logs(plan.attempt) / name, "w", encoding="utf-8") as log:
         child = children.start(line, log, environment)
         try:
@@ -138,7 +141,8 @@ def peer_gone(node: Node, plan: nodes.Plan, begun: float, left: dict[str, float]
             left.setdefault(host, now)
         if now - left.get(host, now) > PEER_SECONDS:
             return f"torchrun ended on node {host}"
-    if (node.folder / "logs" / str(plan.attempt + 1)).exists():
+    newest = node.nodes.plan()
+    if node.nodes.offered(above=plan.attempt) or (newest is not None and newest.attempt > plan.attempt):
         return "the next attempt has begun"
     return ""
 
@@ -182,7 +186,8 @@ def closed(node: Node, number: int, plan: nodes.Plan | None, living: list[str], 
     """The record of the last attempt, now that it has ended on all nodes that live; says what follows."""
     lost = [f"node {host} is gone" for host in (plan.members if plan else []) if host not in living]
     whys = [sign.ended for sign in node.nodes.signs.values() if sign.host in living and sign.done == number]
-    began = node.logs(number).stat().st_ctime if plan is None else (node.logs(number) / "plan.json").stat().st_mtime
+    node.logs(number).mkdir(exist_ok=True)
+    began = plan.time if plan else time.time()
     record = attempt.close(node.folder, number, asked, began, next(filter(None, [*lost, *whys]), ""))
     decision = judge(node, asked)
     if isinstance(decision, retry.Again):
