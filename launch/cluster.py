@@ -80,14 +80,16 @@ def step(node: Node) -> dict[str, Any] | None:
     end = evidence.record(node.folder / "nodes" / "end.json")
     if end is not None and end["attempt"] > node.began:
         return end
-    number = max([node.began, *evidence.attempts(node.folder)])
-    plan = nodes.read_plan(node.logs(number)) if number > node.began else None
-    if plan is not None and node.host in plan.members and node.nodes.mine.done < number:
+    plan = node.nodes.plan()
+    if plan is not None and plan.attempt > node.nodes.mine.done and node.host in plan.members:
         run(node, plan)
-    elif node.nodes.leads():
-        return lead(node, number, plan)
-    elif number > node.began and plan is None:
-        nodes.join(node.logs(number), node.host)
+        return None
+    number = max([node.nodes.mine.done, plan.attempt if plan else 0, *evidence.attempts(node.folder)])
+    if node.nodes.leads():
+        return lead(node, number, plan if plan and plan.attempt == number else None)
+    offered = node.nodes.offered(above=max(node.nodes.mine.done, plan.attempt if plan else 0))
+    if offered is not None:
+        nodes.join(offered, node.host)
     return None
 
 
@@ -112,6 +114,7 @@ def run(node: Node, plan: nodes.Plan) -> None:
         note_signal(node)
         return peer_gone(node, plan, begun, left)
 
+    node.logs(plan.attempt).mkdir(exist_ok=True)
     with open(node.logs(plan.attempt) / name, "w", encoding="utf-8") as log:
         child = children.start(line, log, environment)
         try:
@@ -138,7 +141,8 @@ def peer_gone(node: Node, plan: nodes.Plan, begun: float, left: dict[str, float]
             left.setdefault(host, now)
         if now - left.get(host, now) > PEER_SECONDS:
             return f"torchrun ended on node {host}"
-    if (node.folder / "logs" / str(plan.attempt + 1)).exists():
+    newest = node.nodes.plan()
+    if node.nodes.offered(above=plan.attempt) or (newest is not None and newest.attempt > plan.attempt):
         return "the next attempt has begun"
     return ""
 
@@ -161,7 +165,7 @@ def lead(node: Node, number: int, plan: nodes.Plan | None) -> dict[str, Any] | N
         if time.monotonic() < node.not_before:
             return None
     elif asked:
-        return end_all(node, unstarted(number + 1))
+        return end_all(node, unstarted(node.folder))
     elif len(living) < len(node.nodes.hosts) and time.monotonic() - node.started < START_SECONDS:
         return None
     try:
@@ -182,7 +186,8 @@ def closed(node: Node, number: int, plan: nodes.Plan | None, living: list[str], 
     """The record of the last attempt, now that it has ended on all nodes that live; says what follows."""
     lost = [f"node {host} is gone" for host in (plan.members if plan else []) if host not in living]
     whys = [sign.ended for sign in node.nodes.signs.values() if sign.host in living and sign.done == number]
-    began = node.logs(number).stat().st_ctime if plan is None else (node.logs(number) / "plan.json").stat().st_mtime
+    node.logs(number).mkdir(exist_ok=True)
+    began = plan.time if plan else time.time()
     record = attempt.close(node.folder, number, asked, began, next(filter(None, [*lost, *whys]), ""))
     decision = judge(node, asked)
     if isinstance(decision, retry.Again):
@@ -203,11 +208,10 @@ def judge(node: Node, asked: bool) -> retry.Again | retry.Stop:
     return retry.decide([*past[:-1], replace(past[-1], asked=past[-1].asked or asked)], node.start_step, node.restarts)
 
 
-def unstarted(number: int) -> dict[str, Any]:
-    """The record of a run that was asked to end before its first attempt."""
-    outcome = Outcome.PREEMPTED
-    message = "a signal came before the first attempt; nothing is lost"
-    return {"outcome": outcome.value, "exit_code": outcome.code, "message": message, "attempt": number}
+def unstarted(folder: Path) -> dict[str, Any]:
+    """The record of an attempt that was asked to end before any node worked on it."""
+    number = runfolder.new_attempt(folder)
+    return attempt.close(folder, number, True, time.time(), "")
 
 
 def end_all(node: Node, record: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ SILENT_SECONDS = 5.0
 """A sign of life (there are two a second) that is older than the others' by more tells of a process that was stopped, or
 dead."""
 GONE = "parent is gone"
+LINE = 150
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def silent(beats: Mapping[int, Beat]) -> int | None:
 
 
 def first_line(message: str) -> str:
-    """The first line of a message for people."""
-    return (message.splitlines() or [""])[0].removeprefix("error: ")
+    """The first line of a message for people, not too long: gloo tells stories."""
+    line = (message.splitlines() or [""])[0].removeprefix("error: ")
+    return line if len(line) <= LINE else line[: LINE - 4] + " ..."
 
 
 def ranks(numbers: Sequence[int]) -> str:

@@ -2,8 +2,9 @@
 
 `nodes/HOST.json` is a supervisor's sign of life, written every second; others believe in it as long as it changes by their
 own clock, so that clocks need not agree. The first living host of the list leads. For an attempt it opens a port for a
-short while (`logs/N/offer.json`); who connects has proven that it reaches the leader, which a file on a shared file system
-does not, and is written into `logs/N/plan.json`. The leader is the first member and hosts the rendezvous.
+short while; who connects has proven that it reaches the leader, which a file on a shared file system does not, and becomes a
+member. The leader is the first of them and hosts the rendezvous. Offer and plan stand in the leader's sign: a network file
+system may hide a new file for a minute, but not the new content of an old one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,10 @@ class Sign:
     """Why this supervisor ended it, or empty."""
     asked: bool = False
     """A signal asked this supervisor for the end of the run."""
+    offer: dict[str, Any] | None = None
+    """Of a leader: where to connect for which attempt."""
+    plan: dict[str, Any] | None = None
+    """Of a leader: the last plan."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Plan:
     members: list[str]
     address: str
     port: int
+    time: float = 0.0
+    """When it was made, wall time of the leader."""
     unreached: list[str] = field(default_factory=list)
     """Hosts that live, as their files tell, and did not reach the leader."""
 
@@ -110,6 +117,16 @@ class Nodes:
         knows = self.hosts[0] == self.mine.host or time.monotonic() - self._began >= STALE_SECONDS
         return knows and self.living()[:1] == [self.mine.host]
 
+    def offered(self, above: int) -> dict[str, Any] | None:
+        """An offer for an attempt above a number that stands open."""
+        offers = [self.signs[host].offer for host in self.living() if host in self.signs]
+        return next((one for one in offers if one is not None and one["attempt"] > above), None)
+
+    def plan(self) -> Plan | None:
+        """The newest plan that any host, dead ones included, has told of."""
+        plans = [Plan(**sign.plan) for sign in self.signs.values() if sign.plan is not None]
+        return max(plans, key=lambda plan: plan.attempt, default=None)
+
     def leave(self) -> None:
         """Take this host's sign away."""
         (self.folder / f"{self.mine.host}.json").unlink(missing_ok=True)
@@ -126,11 +143,13 @@ def offer(nodes: Nodes, logs: Path, address: str, bind: str, stop: Callable[[], 
     joined = {nodes.mine.host}
     with socket.create_server((bind, 0)) as door:
         door.settimeout(0.2)
-        write_json(logs / "offer.json", {"id": identity, "address": address, "port": door.getsockname()[1]})
+        here = {"attempt": int(logs.name), "id": identity, "address": address, "port": door.getsockname()[1]}
+        nodes.beat(offer=here)
         until = time.monotonic() + WINDOW_SECONDS
         while not joined >= set(nodes.living()) and time.monotonic() < until:
             nodes.beat()
             if stop():
+                nodes.beat(offer=None)
                 return None
             host = _admit(door, identity)
             if host in nodes.hosts:
@@ -139,8 +158,9 @@ def offer(nodes: Nodes, logs: Path, address: str, bind: str, stop: Callable[[], 
         port = free.getsockname()[1]
     members = [host for host in nodes.hosts if host in joined]
     unreached = [host for host in nodes.living() if host not in joined]
-    plan = Plan(int(logs.name), identity, members, address, port, unreached)
+    plan = Plan(int(logs.name), identity, members, address, port, time.time(), unreached)
     write_json(logs / "plan.json", asdict(plan))
+    nodes.beat(offer=None, plan=asdict(plan))
     return plan
 
 
@@ -159,23 +179,14 @@ def _admit(door: socket.socket, identity: str) -> str:
     return ""
 
 
-def join(logs: Path, host: str) -> bool:
-    """Ask the leader of an attempt to be let in; False if it cannot be reached, or offers nothing (any more)."""
-    offered = evidence.record(logs / "offer.json")
-    if offered is None:
-        return False
+def join(offered: Mapping[str, Any], host: str) -> bool:
+    """Ask a leader to be let in; False if it cannot be reached, or the offer stands no more."""
     try:
         with socket.create_connection((offered["address"], offered["port"]), timeout=2.0) as door:
             door.sendall(f"{offered['id']} {host}".encode())
             return door.recv(16) == b"in\n"
     except OSError:
         return False
-
-
-def read_plan(logs: Path) -> Plan | None:
-    """The plan of an attempt, once it is made."""
-    found = evidence.record(logs / "plan.json")
-    return Plan(**found) if found else None
 
 
 def interface_of(address: str) -> str | None:

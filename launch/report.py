@@ -11,7 +11,6 @@ from launch.culprit import Culprit, culprit, first_line
 from trainer.checkpoint import manifest as manifests
 from trainer.guard import heartbeat
 from trainer.guard.heartbeat import Beat
-from trainer.metrics import history
 from trainer.outcome import Outcome, RunError
 
 FRESH_SECONDS = 10.0
@@ -78,6 +77,8 @@ def reached(folder: Path, beats: dict[int, Beat], newest: bool) -> int:
     done = max((beat.step for beat in beats.values()), default=0)
     if done or not newest:
         return done
+    from trainer.metrics import history  # 0.2 s
+
     records = history.read(folder / "metrics.jsonl")
     return int(records[-1]["step"]) if records else 0
 

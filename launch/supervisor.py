@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import attempt, children, evidence, retry
 from launch.backends import torchrun
+from launch.culprit import first_line
 from trainer import runfolder
 
 if TYPE_CHECKING:
@@ -64,9 +65,8 @@ def one(config: RunConfig, folder: Path, asked: children.Asked, *options: str) -
 def restart_line(record: dict[str, Any], decision: retry.Again) -> str:
     """What a restart prints: why, which attempt, from which checkpoint."""
     where = f"step {record['checkpoint']}" if record["checkpoint"] else "the beginning"
-    message = str(record["message"]).splitlines()[0].removeprefix("error: ")
     return (
-        f"attempt {record['attempt']} ended ({record['outcome']}: {message}); attempt {record['attempt'] + 1} starts in "
+        f"attempt {record['attempt']} ended ({record['outcome']}: {first_line(record['message'])}); attempt {record['attempt'] + 1} starts in "
         f"{decision.seconds:g} s from {where}: {decision.why}"
     )
 

@@ -42,7 +42,7 @@ def show(found: dict[str, Any]) -> None:
     print(f"run {found['run']}, attempt {found['attempt']}: {found['outcome']}{code}\n{found['message']}")
     running, first = found["outcome"] == "running", found["first"]
     if first is not None:
-        print(f"first: {first['what']}; phase: {first['phase']}")
+        print(f"first: {first['what']}" + (f"; phase: {first['phase']}" if first["rank"] is not None else ""))
     elif found["outcome"] in ("infrastructure", "bug", "unknown"):
         print("first: unknown")
     checkpoint = found["checkpoint"] or "none"

@@ -80,23 +80,27 @@ def pair(tmp_path) -> tuple[Path, Nodes, Nodes]:
 
 
 def test_who_connects_is_in_the_plan(pair) -> None:
-    logs, first, _ = pair
-    made: list[Plan | None] = []
+    logs, first, second = pair
+    made, last = list[Plan | None](), {"address": "127.0.0.1", "port": 9}
     leader = threading.Thread(
         target=lambda: made.append(nodes.offer(first, logs, "127.0.0.1", "127.0.0.1", lambda: False))
     )
     leader.start()
-    while nodes.read_plan(logs) is None:
-        nodes.join(logs, "n2")
+    while second.plan() is None:
+        second.beat(ended="")
+        last = second.offered(above=3) or last
+        nodes.join(last, "n2")
         leader.join(0.01)
     leader.join()
-    plan = nodes.read_plan(logs)
+    plan = second.plan()
     assert plan == made[0]
+    assert plan == Plan(**json.loads((logs / "plan.json").read_text()))
     assert (plan.attempt, plan.members, plan.unreached, plan.address) == (4, ["n1", "n2"], [], "127.0.0.1")
     assert plan.torchrun("n2") == (
         "--nnodes=2", "--node-rank=1", f"--rdzv-id={plan.id}", "--master-addr=127.0.0.1", f"--master-port={plan.port}",
     )  # fmt: skip
-    assert not nodes.join(logs, "n2")  # the port is closed again
+    assert second.offered(above=3) is None
+    assert not nodes.join(last, "n2")  # the port is closed again
 
 
 def test_who_lives_and_does_not_connect_is_left_out(pair, monkeypatch) -> None:
@@ -108,7 +112,7 @@ def test_who_lives_and_does_not_connect_is_left_out(pair, monkeypatch) -> None:
 
 
 def test_a_stranger_is_not_let_in(pair, monkeypatch) -> None:
-    logs, first, _ = pair
+    logs, first, second = pair
     monkeypatch.setattr(nodes, "WINDOW_SECONDS", 1.0)
     made: list[Plan | None] = []
     leader = threading.Thread(
@@ -116,12 +120,10 @@ def test_a_stranger_is_not_let_in(pair, monkeypatch) -> None:
     )
     leader.start()
     while leader.is_alive():
-        if (logs / "offer.json").exists():
-            offered = json.loads((logs / "offer.json").read_text())
-            copy = logs.parent / "copy"
-            copy.mkdir(exist_ok=True)
-            (copy / "offer.json").write_text(json.dumps({**offered, "id": "0" * 16}))
-            assert not nodes.join(copy, "n2")
+        second.beat(ended="")
+        offered = second.offered(above=3)
+        if offered is not None:
+            assert not nodes.join({**offered, "id": "0" * 16}, "n2")
         leader.join(0.05)
     assert made[0] is not None
     assert made[0].members == ["n1"]
@@ -130,7 +132,8 @@ def test_a_stranger_is_not_let_in(pair, monkeypatch) -> None:
 def test_an_offer_ends_when_it_is_told_to(pair) -> None:
     logs, first, _ = pair
     assert nodes.offer(first, logs, "127.0.0.1", "127.0.0.1", lambda: True) is None
-    assert nodes.read_plan(logs) is None
+    assert first.plan() is None
+    assert first.offered(above=0) is None
 
 
 def test_the_interface_of_an_address(pair) -> None:
@@ -157,5 +160,6 @@ def test_a_member_stops_for_a_lost_peer_for_an_ended_one_and_for_a_newer_attempt
         turn(clock, first)
     assert cluster.peer_gone(node, plan, begun, left) == "node n2 is gone"
     turn(clock, second, first)
-    (tmp_path / "logs/5").mkdir()
+    second.beat(offer={"attempt": 5})
+    turn(clock, first)
     assert cluster.peer_gone(node, plan, begun, {}) == "the next attempt has begun"
