@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trainer import config as configuration
 from trainer import data, distributed, runfolder
 from trainer.assembly import fitting, open_strategy, shape_of, starting_point
 from trainer.config import RunConfig
