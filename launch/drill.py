@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import children, process
+from trainer import runfolder
 from trainer.checkpoint import manifest as manifests
 from trainer.files import write_json
 from trainer.guard import faults, heartbeat
@@ -40,6 +41,7 @@ SAVE_POINTS = (
 )
 PATIENCE = 300.0
 """Seconds in which an attempt must get where it is to be struck, or end."""
+WORDS = "the of sea light runs over under seven stones while green birds sing and nobody hears it"
 CONFIG = """\
 name: calm
 runs: {folder}/runs
@@ -65,8 +67,6 @@ class Tally:
 
     faults: Counter[str] = field(default_factory=Counter)
     attempts: int = 0
-    lost_steps: int = 0
-    """Steps that had to be trained again."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -90,7 +90,7 @@ def soak(folder: Path, count: int, seed: int, say: Callable[[str], None]) -> dic
     same = _weights(struck) == _weights(calm) and _history(struck) == _history(calm)
     report = {
         "faults": dict(tally.faults), "injected": tally.faults.total(), "attempts": tally.attempts, "seed": seed,
-        "lost_steps": tally.lost_steps, "bit_identical": same, "problems": tally.problems,
+        "lost_steps": trained_again(struck), "bit_identical": same, "problems": tally.problems,
         "calm_seconds": round(quiet, 1), "seconds": round(time.monotonic() - began - quiet, 1),
     }  # fmt: skip
     write_json(folder / "soak.json", report)
@@ -110,25 +110,7 @@ def prepare(folder: Path, steps: int) -> None:
         folder.mkdir(parents=True)
     except FileExistsError:
         raise RunError("the folder of the drill exists", where=str(folder), mend="choose another --folder") from None
-    words = [
-        "the",
-        "of",
-        "sea",
-        "light",
-        "runs",
-        "over",
-        "under",
-        "seven",
-        "stones",
-        "while",
-        "green",
-        "birds",
-        "sing",
-        "and",
-        "nobody",
-        "hears",
-        "it",
-    ]
+    words = WORDS.split()
     lines = [" ".join(words[(i * j + j) % len(words)] for j in range(1, 12)) + f" {i}." for i in range(40)]
     (folder / "corpus.txt").write_text("\n\n".join(lines), encoding="utf-8")
     text = CONFIG.format(folder=folder.absolute(), steps=steps, every=SAVE_EVERY, ranks=RANKS)
@@ -161,18 +143,15 @@ def attempt(folder: Path, run: Path, left: int, dice: random.Random, tally: Tall
         _until(lambda: _reached(logs, step) or launcher.poll() is not None, f"attempt {number} reaches step {step}")
         strike(end, launcher, logs, dice)
     code = _wait(launcher, f"attempt {number} ends after '{end}'")
-    wanted = Outcome.PREEMPTED.code if end == "signal" else Outcome.INFRASTRUCTURE.code
-    if code not in (wanted, 0, -signal.SIGKILL):
+    wanted = {"signal": Outcome.PREEMPTED.code, "kill all": -signal.SIGKILL}.get(end, Outcome.INFRASTRUCTURE.code)
+    if code != wanted:
         tally.problems.append(f"attempt {number} ({end}) ended with {code}, not with {wanted}")
     tally.faults.update([end, *inside])
-    done = max([beat.step for beat in heartbeat.read_all(logs).values()], default=newest)
-    tally.lost_steps += max(0, done - _newest(run))
     known = manifests.generations(run / "checkpoints")
-    if tally.faults.total() < left + tally.faults.total() - len(inside) - 1 and len(known) > 1 and dice.random() < 0.4:
+    if left > len(inside) + 1 and len(known) > 1 and dice.random() < 0.4:
         kind = dice.choice(DAMAGES)
         damage(known[0], kind, dice)
         tally.faults[kind] += 1
-        tally.lost_steps += manifests.step_of(known[0]) - manifests.step_of(known[1])
     say(
         f"{tally.faults.total():4} faults, attempt {number}: {', '.join([*inside, end])}; newest checkpoint {_newest(run)}"
     )
@@ -192,6 +171,16 @@ def strike(end: str, launcher: subprocess.Popen[Any], logs: Path, dice: random.R
             os.kill(pid, dice.choice((signal.SIGTERM, signal.SIGUSR1)) if end == "signal" else signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def trained_again(run: Path) -> int:
+    """Steps that were trained more than once, from what the attempts left behind."""
+    began = {e["attempt"]: e["step"] for e in runfolder.events(run) if e["event"] == "resumed"}
+    trained = 0
+    for logs in (run / "logs").iterdir():
+        done = max((beat.step for beat in heartbeat.read_all(logs).values()), default=0)
+        trained += max(0, done - began.get(int(logs.name), 0))
+    return trained - _newest(run)
 
 
 def damage(generation: Path, kind: str, dice: random.Random) -> None:

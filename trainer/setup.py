@@ -162,7 +162,7 @@ def begin_where_it_was(run: Run) -> None:
     run.heart.beat("restore")
     restore(run)
     fault("start.restored")
-    run.heart.beat("model check")
+    run.heart.beat("model check", run.step, run.position)
     precision = run.config.train.precision
     distributed.together(lambda: check_model(run.model, run.strategy, precision, run.device))
     if run.config.data.document_masking:
