@@ -6,7 +6,7 @@ from trainer.checkpoint.load import newest_verified
 from trainer.guard.verdict import Verdict
 from trainer.restore import restore_tensors
 from trainer.run import Run
-from trainer.saving import checkpoint
+from trainer.saving import checkpoint, settle
 
 
 def record_recomputation(run: Run, first: Verdict, second: Verdict) -> None:
@@ -47,6 +47,7 @@ def roll_back(run: Run) -> bool:
     """
     if run.rollbacks >= run.config.guard.max_rollbacks:
         return False
+    settle(run)
     found = newest_verified(run.checkpoints, good=True)
     if found is None:
         return False

@@ -9,7 +9,7 @@ import torch
 
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.retention import drop_newer, prune
+from trainer.checkpoint.retention import prune
 from trainer.checkpoint.room import check_room
 from trainer.checkpoint.save import all_finite
 from trainer.files import sha256_file
@@ -102,13 +102,6 @@ def test_a_removal_that_is_cut_short_leaves_no_checkpoint(tmp_path, monkeypatch)
     )
     assert "step-00000001 could not be removed" in prune(tmp_path, 1).problem
     assert not (tmp_path / "step-00000001" / manifests.FILE).exists()
-
-
-def test_what_is_newer_than_the_step_gone_back_to_is_dropped(tmp_path) -> None:
-    for step in (1, 2, 3):
-        generation(tmp_path, step, good=step == 1)
-    assert set(drop_newer(tmp_path, 1).removed) == {"step-00000002", "step-00000003"}
-    assert steps(tmp_path) == [1]
 
 
 def test_steps_of_nine_digits_are_newer(tmp_path) -> None:

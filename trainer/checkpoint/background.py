@@ -25,7 +25,11 @@ from trainer.guard.faults import fault
 
 
 class Background:
-    """Saves of a run, one at a time. Making it is collective over all ranks, and so are `start` and `finish`."""
+    """Saves of a run, one at a time.
+
+    All ranks make it and `start` it together. `done` and `finish` are local: ranks that must act alike on the end of a save
+    call `finish` at the same step, e.g. before the next `start`, before they go back or end, or when all are `done`.
+    """
 
     def __init__(self, patience: timedelta = timedelta(minutes=30)) -> None:
         """

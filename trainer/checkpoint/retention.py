@@ -41,11 +41,6 @@ def prune(checkpoints: Path, keep: int, writing: str = "") -> Pruned:
     return Pruned([*removed, *remove_leftovers(checkpoints, writing)], problem)
 
 
-def drop_newer(checkpoints: Path, step: int) -> Pruned:
-    """Remove the generations after `step`: the run went back there, and will save those steps anew. On one rank."""
-    return _remove(folder for folder in manifests.generations(checkpoints) if manifests.step_of(folder) > step)
-
-
 def remove_leftovers(checkpoints: Path, writing: str = "") -> list[str]:
     """Remove what killed saves left behind, but for the folder of the name `writing`; returns the names."""
     found = [path for path in checkpoints.glob("step-*.tmp-*") if path.name != writing]
