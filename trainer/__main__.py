@@ -112,10 +112,11 @@ def _train(folder: Path, attempt: int, watch: Watchdog, verify: bool) -> tuple[O
     run = setup.set_up(folder, config, attempt, watch, verify)
     try:
         outcome, message = loop.train(run)
-    finally:
+    except BaseException:
         run.trace.close()
+        raise
     watch.heart.beat("exit")
-    run.history.close(hurry=outcome is Outcome.PREEMPTED)
+    run.close(hurry=outcome is Outcome.PREEMPTED)
     distributed.stop()
     return outcome, message, {"step": run.step, "position": run.position}
 

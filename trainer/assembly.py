@@ -20,7 +20,7 @@ from trainer.model.build import architecture, build
 from trainer.model.flops import flops_per_token
 from trainer.model.init import allocate
 from trainer.model.microbatch import largest_that_fits, micro_steps, rehearse
-from trainer.model.prepare import prepare
+from trainer.model.prepare import check_compiler, prepare
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Made:
 def open_strategy(config: RunConfig, device: torch.device, world: int) -> Any:
     """The strategy of the run, which refuses what it cannot do on these ranks before any data is prepared."""
     module = import_module(f"trainer.parallel.{config.parallel.name}")
+    if config.train.compile:
+        check_compiler(device)
     return module.Strategy(config.parallel, config.train.precision, device, world)
 
 

@@ -106,7 +106,9 @@ class CheckpointConfig:
     every: Interval = "30 min"
     """Interval between saves: `500 steps` or `30 min`. The end of a run always saves."""
     keep: Annotated[int, Field(gt=0)] = 2
-    """Newest verified checkpoints that are kept."""
+    """Newest good checkpoints that are kept; one that was saved in a streak of skipped steps is not good."""
+    asynchronous: bool = False
+    """Write in the background while training goes on, from a copy of all tensors in CPU memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +331,9 @@ def _check(config: RunConfig, source: Source) -> None:
             mend=f"use {below or ''}{' or ' if below else ''}{below + data.sequence_length}",
         )
     try:
-        registry.alternatives("trainer.parallel")[config.parallel.name].check(config.parallel, config.optim)
+        registry.alternatives("trainer.parallel")[config.parallel.name].check(
+            config.parallel, config.optim, config.train
+        )
         library.check(config.model.config)
     except RunError as error:
         raise RunError(error.what, where=source.where(error.where), mend=error.mend) from None
@@ -355,12 +359,6 @@ def _check(config: RunConfig, source: Source) -> None:
 
 def _check_model(config: RunConfig, source: Source) -> None:
     model, data = config.model, config.data
-    if config.train.micro_batch_size == "auto" and config.parallel.name == "deepspeed":
-        raise RunError(
-            "train.micro_batch_size: auto works with fsdp2, ddp and single, not with deepspeed",
-            where=source.where("train.micro_batch_size"),
-            mend="give a number of sequences",
-        )
     if model.init_from is None and "model_type" not in model.config:
         raise RunError(
             "model.config.model_type is missing", where=source.where("model.config"), mend="add it, e.g. llama"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -64,7 +65,7 @@ def world() -> int:
     return dist.get_world_size()
 
 
-def on_rank_zero(work: Callable[[], T], patience: timedelta | None = None) -> T:
+def on_rank_zero(work: Callable[[], T], patience: timedelta | None = None, group: dist.ProcessGroup | None = None) -> T:
     """Do `work` on rank 0 while the others wait; all get its result, or raise its error.
 
     The others wait as long as the process group does, or for `patience`, which needs a group of its own.
@@ -74,11 +75,9 @@ def on_rank_zero(work: Callable[[], T], patience: timedelta | None = None) -> T:
     if rank() == 0:
         try:
             answer = [(work(), None)]
-        except RunError as error:
-            answer = [(None, error)]
-        except OSError as error:
-            answer = [(None, RunError(str(error), mend="see the log of rank 0", outcome=Outcome.INFRASTRUCTURE))]
-    dist.broadcast_object_list(answer, src=0, group=waiting)
+        except (RunError, OSError) as error:
+            answer = [(None, _as_sentence(error))]
+    dist.broadcast_object_list(answer, src=0, group=waiting or group)
     if waiting is not None:
         dist.destroy_process_group(waiting)
     result, error = answer[0]
@@ -87,19 +86,68 @@ def on_rank_zero(work: Callable[[], T], patience: timedelta | None = None) -> T:
     return result  # type: ignore[return-value]
 
 
-def together(work: Callable[[], T]) -> T:
-    """Do `work` on every rank; if any of them fails with a sentence, all raise the first such sentence."""
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Do `work` on every rank; if any of them fails with a sentence or an OSError, all raise the first of these."""
     result, mine = None, None
     try:
         result = work()
-    except RunError as error:
-        mine = error
+    except (RunError, OSError) as error:
+        mine = _as_sentence(error)
     errors: list[RunError | None] = [None] * world()
-    dist.all_gather_object(errors, mine)
+    dist.all_gather_object(errors, mine, group=group)
     for error in errors:
         if error is not None:
             raise error
     return result  # type: ignore[return-value]
+
+
+def from_all(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Do `work` on every rank; all get the results of all ranks, or raise the first error, as in `together`."""
+    answer: tuple[T | None, RunError | None] = (None, None)
+    try:
+        answer = (work(), None)
+    except (RunError, OSError) as error:
+        answer = (None, _as_sentence(error))
+    answers: list[tuple[T | None, RunError | None]] = [answer] * world()
+    dist.all_gather_object(answers, answer, group=group)
+    for _, error in answers:
+        if error is not None:
+            raise error
+    return [result for result, _ in answers]  # type: ignore[misc]
+
+
+def _as_sentence(error: RunError | OSError) -> RunError:
+    """An error that can travel to the other ranks; what the system reports ends a run by its number."""
+    if isinstance(error, RunError):
+        return error
+    where = f"rank {rank()}" + (f", {error.filename}" if error.filename else "")
+    return RunError(
+        str(error), where=where, mend=f"see the log of rank {rank()}", outcome=Outcome.of_errno(error.errno)
+    )
+
+
+def digest(facts: Mapping[str, object]) -> float:
+    """A whole number below 2^16 that differs where facts do, but for one case in 65,536."""
+    return float(int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:2], "big"))
+
+
+def same(facts: Mapping[str, object], what: str, outcome: Outcome = Outcome.BAD_CONFIGURATION) -> None:
+    """Raise on all ranks, naming the first fact that differs and who has what, unless all ranks have the same facts.
+
+    Every rank gets the facts of every other: for the start, and for ranks that know already that they disagree.
+    """
+    found: list[Mapping[str, object]] = [{}] * world()
+    dist.all_gather_object(found, dict(facts))
+    for key in found[0] | {key: None for other in found for key in other}:
+        values = [repr(one.get(key)) for one in found]
+        odd = next((number for number, value in enumerate(values) if value != values[0]), None)
+        if odd is not None:
+            raise RunError(
+                f"the ranks disagree about {what}: {key} is {values[0][:100]} on rank 0 and {values[odd][:100]} on rank {odd}",
+                where=key,
+                mend="start all ranks from the same run folder, with the same code and packages",
+                outcome=outcome,
+            )
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

@@ -19,7 +19,7 @@ from trainer.model.init import module_seed
 from trainer.model.loss import losses, token_count
 from trainer.outcome import Outcome
 from trainer.run import Run
-from trainer.saving import checkpoint, settle
+from trainer.saving import checkpoint, prepare_saves, settle
 from trainer.schedule import factor
 from trainer.setbacks import applied, record_recomputation, roll_back, skip
 from trainer.units import split_interval
@@ -42,6 +42,7 @@ def train(run: Run) -> tuple[Outcome, str]:
 
 def begin(run: Run) -> str:
     """The first step border: rehearse a save if there is none yet; why the run should stop, if a signal came before."""
+    prepare_saves(run)
     stop = meet(run)
     if not stop and run.saved_step < 0:
         error = checkpoint(run)  # of full size, before an hour is spent on what could not be kept
@@ -187,6 +188,12 @@ def forward_backward(run: Run, count: int) -> Verdict:
         saved=run.background is not None and run.background.done,
         rejected=run.optimizer.take_rejected(),
         device=run.device,
+        facts={
+            "step": run.step,
+            "position": run.position,
+            "learning rates": [group["lr"] for group in run.optimizer.param_groups],
+            "parameters without a gradient": run.strategy.missing(run.parameters, run.names),
+        },
     )  # fmt: skip
     fault("step.agreed")
     return verdict

@@ -5,6 +5,7 @@ torchrun turns every worker's exit code into 1, so the truth about an attempt li
 
 from __future__ import annotations
 
+import errno
 import time
 from enum import Enum
 from pathlib import Path
@@ -28,6 +29,11 @@ class Outcome(Enum):
     @property
     def code(self) -> int:
         return _CODES[self]
+
+    @staticmethod
+    def of_errno(number: int | None) -> Outcome:
+        """What an error of the system amounts to: a full disk or quota is no space, all else infrastructure."""
+        return Outcome.NO_SPACE if number in (errno.ENOSPC, errno.EDQUOT) else Outcome.INFRASTRUCTURE
 
     @property
     def orderly(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from trainer import distributed, runfolder
+from trainer.checkpoint.background import Background
 from trainer.config import RunConfig
 from trainer.data import Data
 from trainer.data.batches import Batches
@@ -19,6 +20,7 @@ from trainer.files import read_json
 from trainer.guard.heartbeat import Heartbeat
 from trainer.guard.spikes import SpikeDetector
 from trainer.guard.watchdog import Watchdog
+from trainer.lock import Lock
 from trainer.metrics.groups import GroupMetrics
 from trainer.metrics.history import History
 from trainer.metrics.progress import Progress
@@ -53,10 +55,15 @@ class Run:
     flops_per_token: int | None
     peak_flops: float | None
     started: float = field(default_factory=time.monotonic)
-    background: Any = None
+    lock: Lock | None = None
+    """On rank 0: the run folder is ours."""
+    background: Background | None = None
     """The save that goes on behind the run's back, if there can be one."""
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = -1
+    """The step of the newest checkpoint, or of the one that is being written."""
+    saving: tuple[int, int, float] = (-1, 0, 0.0)
+    """Of the save that began last: step, position, and when."""
     step: int = 0
     position: int = 0
     skips: int = 0
@@ -115,6 +122,14 @@ class Run:
         """Append to `events.jsonl`, on rank 0."""
         if distributed.rank() == 0 and not self.silent:
             runfolder.record_event(self.folder, kind, **facts)
+
+    def close(self, *, hurry: bool = False) -> None:
+        """Give back what the run holds, the folder last; followers of the history get less time in a hurry."""
+        self.trace.close()
+        self.history.close(hurry=hurry)
+        if self.lock is not None:
+            self.watch.every_moment = lambda: None
+            self.lock.release()
 
     def report_rejected(self, count: int) -> None:
         """Say how many matrices the last step left as they were; known with the next agreement, or at a save."""

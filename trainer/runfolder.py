@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.files import digest, read_json, write_json, write_text
+from trainer.files import Lines, digest, read_json, write_json, write_text
 from trainer.outcome import Outcome, RunError
 
 if TYPE_CHECKING:
@@ -146,11 +146,10 @@ def new_attempt(folder: Path) -> int:
 
 
 def record_event(folder: Path, kind: str, **facts: Any) -> None:
-    """Append to `events.jsonl`."""
-    with open(folder / "events.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.time(), "event": kind, **facts}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append to `events.jsonl`, durably; while the disk is full the event waits in memory."""
+    lines = Lines(folder / "events.jsonl", durable=True)
+    lines.write(json.dumps({"time": time.time(), "event": kind, **facts}))
+    lines.close()
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

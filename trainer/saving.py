@@ -3,53 +3,93 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from trainer import config as configuration
 from trainer import distributed
+from trainer.checkpoint.background import Background
 from trainer.checkpoint.retention import prune
+from trainer.checkpoint.room import check_room
 from trainer.checkpoint.save import all_finite, save
 from trainer.outcome import Outcome, RunError
 from trainer.run import Run
+
+
+def prepare_saves(run: Run) -> None:
+    """Make what saves need, and tell before the first step where the disk is too small; collective over all ranks.
+
+    Raises:
+        RunError: not even one checkpoint fits.
+    """
+    if run.config.checkpoint.asynchronous:
+        run.background = Background()
+    tensors = run.tensors()
+    warning = distributed.on_rank_zero(lambda: check_room(run.checkpoints, tensors, run.config.checkpoint.keep))
+    if warning:
+        run.progress.say(f"WARNING: {warning}")
+        run.event("little room", message=warning)
 
 
 def checkpoint(run: Run, *, wait: bool = True) -> RunError | None:
     """Save a new generation, unless this step has one, and drop old ones; collective over all ranks.
 
     Args:
-        wait: False lets `checkpoint.asynchronous` write behind the run's back; `settle` tells how that went.
+        wait: False lets a save of `checkpoint.asynchronous` go on behind the run's back, until `settle`.
 
     Returns:
-        Why nothing was saved, the same on all ranks, or None. The older generations are as they were.
+        Why the newest state is not saved, the same on all ranks, or None. The older generations are as they were.
     """
     error = settle(run)
     if run.saved_step == run.step:
         return error
     run.heart.beat("save")
-    began = time.monotonic()
-    run.saved_at = began  # also of a failed save: the next one comes at the next interval
-    rejected = float(run.optimizer.take_rejected())
-    sick = float(not all_finite(run.tensors()))
-    rejected, sick = distributed.sum_over_ranks([rejected, sick], run.device)
+    began = run.saved_at = time.monotonic()  # also of a failed save: the next try comes at the next interval
+    tensors = run.tensors()
+    facts = [float(run.optimizer.take_rejected()), float(not all_finite(tensors))]
+    rejected, sick = distributed.sum_over_ranks(facts, run.device)
     run.report_rejected(int(rejected))
     if sick:
-        text = f"the weights or the optimizer state of {int(sick)} ranks are not finite"
-        return warn(run, RunError(f"step {run.step} is not saved: {text}", outcome=Outcome.DIVERGED))
-    lineage = {**run.lineage(), "run": run.config.name}
-
-    def write() -> Path:
-        return save(
-            run.checkpoints, run.step, run.position, run.tensors(),
-            config=configuration.resolved(run.config), state=run.state(), lineage=lineage, attempt=run.attempt,
-        )  # fmt: skip
-
-    return _taken(run, write, run.step, run.position, began)
+        what = f"step {run.step} is not saved: weights or optimizer state are not finite on {int(sick)} ranks"
+        return warn(run, RunError(what, where=str(run.checkpoints), outcome=Outcome.DIVERGED))
+    where = (run.checkpoints, run.step, run.position, tensors)
+    more = {
+        "config": configuration.resolved(run.config), "state": run.state(),
+        "lineage": {**run.lineage(), "run": run.config.name}, "attempt": run.attempt,
+    }  # fmt: skip
+    run.saving = (run.step, run.position, began)
+    if run.background is not None:
+        run.background.start(*where, **more)
+        run.saved_step = run.step
+        return settle(run) if wait else None
+    try:
+        return kept(run, save(*where, **more))
+    except RunError as failure:
+        return warn(run, failure)
 
 
 def settle(run: Run) -> RunError | None:
-    """Wait for a save that goes on behind the run's back, if there is one, and tell how it ended."""
-    return None
+    """Wait for the save that goes on behind the run's back, if there is one, and tell how it ended; collective."""
+    if run.background is None:
+        return None
+    try:
+        folder = run.background.finish()
+    except RunError as failure:
+        run.saved_step = -1
+        return warn(run, failure)
+    return kept(run, folder) if folder is not None else None
+
+
+def kept(run: Run, folder: Path) -> None:
+    """A generation is complete: say so, and drop what is older than the configuration keeps."""
+    step, position, began = run.saving
+    run.saved_step, run.save_seconds = step, time.monotonic() - began
+    if distributed.rank() == 0:
+        problem = prune(run.checkpoints, run.config.checkpoint.keep).problem
+        if problem:
+            run.progress.say(f"WARNING: {problem}")
+    facts = {"position": position, "checkpoint": folder.name, "seconds": round(run.save_seconds, 3)}
+    run.event("saved", step=step, **facts)
+    run.progress.say(f"step {step}: saved {folder.name} in {run.save_seconds:.1f} s")
 
 
 def warn(run: Run, error: RunError) -> RunError:
@@ -57,17 +97,3 @@ def warn(run: Run, error: RunError) -> RunError:
     run.progress.say(f"NOT SAVED: {error}\nolder checkpoints are untouched; the run goes on")
     run.event("save failed", step=run.step, message=error.what, where=error.where)
     return error
-
-
-def _taken(run: Run, write: Callable[[], Path], step: int, position: int, began: float) -> RunError | None:
-    try:
-        folder = write()
-    except RunError as error:
-        return warn(run, error)
-    run.saved_step, run.save_seconds = step, time.monotonic() - began
-    if distributed.rank() == 0:
-        prune(run.checkpoints, run.config.checkpoint.keep)
-    facts = {"position": position, "checkpoint": folder.name, "seconds": round(run.save_seconds, 3)}
-    run.event("saved", step=step, **facts)
-    run.progress.say(f"step {step}: saved {folder.name} in {run.save_seconds:.1f} s")
-    return None

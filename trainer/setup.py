@@ -8,6 +8,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from trainer import config as configuration
 from trainer import data, distributed, runfolder
 from trainer.assembly import fitting, open_strategy, shape_of, starting_point
 from trainer.config import RunConfig
@@ -21,6 +24,7 @@ from trainer.guard import faults
 from trainer.guard.faults import fault
 from trainer.guard.spikes import SpikeDetector
 from trainer.guard.watchdog import Watchdog
+from trainer.lock import Lock
 from trainer.metrics import follow, history
 from trainer.metrics.groups import GroupMetrics
 from trainer.metrics.history import History
@@ -38,6 +42,9 @@ from trainer.restore import restore
 from trainer.run import Run
 from trainer.units import split_interval
 
+LOCK_PATIENCE = 30.0
+"""Seconds that a run waits for another process to let go of its folder: one that is ending needs some."""
+
 
 def set_up(folder: Path, config: RunConfig, attempt: int, watch: Watchdog, verify: bool = False) -> Run:
     """Build everything, restore the newest verified checkpoint if there is one, and print what follows from the config.
@@ -46,12 +53,51 @@ def set_up(folder: Path, config: RunConfig, attempt: int, watch: Watchdog, verif
         verify: train the last recorded steps once more before, and refuse to go on if they differ.
     """
     device = distributed.start(config.resources)
-    rank, world = distributed.rank(), distributed.world()
-    faults.locate(rank=rank, attempt=attempt, step=0)
+    faults.locate(rank=distributed.rank(), attempt=attempt, step=0)
     watch.stop_timeout = config.guard.stop_timeout
     fault("start.begin")
+    progress = Progress(distributed.rank() == 0, 0)
+    lock = lock_folder(folder, attempt, progress)
+    try:
+        run = make_run(folder, config, attempt, watch, device, progress)
+        run.lock = lock
+        if lock is not None:
+            watch.every_moment = lock.touch
+        if verify:
+            replay(run)
+        begin_where_it_was(run)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return run
+
+
+def lock_folder(folder: Path, attempt: int, progress: Progress) -> Lock | None:
+    """Make sure that no other process writes into the run's folder; collective, the lock itself is on rank 0.
+
+    Raises:
+        RunError: another process does.
+    """
+    taken: list[Lock] = []
+
+    def take() -> str:
+        taken.append(Lock.acquire(folder, attempt, LOCK_PATIENCE))
+        return taken[0].left_behind
+
+    left_behind = distributed.on_rank_zero(take)
+    if left_behind:
+        progress.say(left_behind)
+    return taken[0] if taken else None
+
+
+def make_run(
+    folder: Path, config: RunConfig, attempt: int, watch: Watchdog, device: torch.device, progress: Progress
+) -> Run:
+    """Data, model and optimizer, with the initial weights."""
+    rank, world = distributed.rank(), distributed.world()
+    distributed.same(configuration.flatten(configuration.resolved(config)), "the configuration")
     strategy = distributed.together(lambda: open_strategy(config, device, world))
-    progress = Progress(rank == 0, 0)
     distributed.together(lambda: follow.check(config))
     trace_folder = folder / "profile" / str(attempt)
     trace = distributed.together(lambda: Trace(config.metrics, trace_folder, rank, device, progress.say))
@@ -94,7 +140,10 @@ def set_up(folder: Path, config: RunConfig, attempt: int, watch: Watchdog, verif
         samples=Samples(folder, config.evaluate.prompts, config.evaluate.tokens, config.seed),
         history=History(None),
         groups=group_metrics(
-            config, made.optimizer, sum(s.sequences for s in opened.train.sources) / derived.sequences_per_step
+            config,
+            made.optimizer,
+            strategy,
+            sum(s.sequences for s in opened.train.sources) / derived.sequences_per_step,
         ),
         trace=trace,
         progress=progress,
@@ -105,27 +154,30 @@ def set_up(folder: Path, config: RunConfig, attempt: int, watch: Watchdog, verif
     progress.steps = derived.steps
     if source is not None:
         record_start(run, source, loaded)
-    watch.heart.beat("restore")
-    if verify:
-        replay(run)
-    restore(run)
-    fault("start.restored")
-    watch.heart.beat("model check")
-    distributed.together(lambda: check_model(model, strategy, config.train.precision, device))
-    if borders is not None:
-        check_masking(run)
-    if rank == 0:
-        run.history = open_history(run)
-        record_data(folder, opened)
-    describe(run)
     return run
 
 
-def group_metrics(config: RunConfig, optimizer: Any, steps_per_epoch: float) -> GroupMetrics:
-    """What is measured of each parameter group, at the configured interval; nothing under DeepSpeed, whose flat partitions
-    do not keep parameters apart."""
-    interval = config.metrics.groups_every if config.parallel.name != "deepspeed" else None
-    return GroupMetrics(optimizer, int(split_interval(interval)[0]) if interval else None, steps_per_epoch)
+def begin_where_it_was(run: Run) -> None:
+    """Restore the run's own checkpoint, if there is one, check the model, and open the history."""
+    run.heart.beat("restore")
+    restore(run)
+    fault("start.restored")
+    run.heart.beat("model check")
+    precision = run.config.train.precision
+    distributed.together(lambda: check_model(run.model, run.strategy, precision, run.device))
+    if run.config.data.document_masking:
+        check_masking(run)
+    if distributed.rank() == 0:
+        run.history = open_history(run)
+        record_data(run.folder, run.data)
+    describe(run)
+
+
+def group_metrics(config: RunConfig, optimizer: Any, strategy: Any, steps_per_epoch: float) -> GroupMetrics:
+    """What is measured of each parameter group, at the configured interval."""
+    interval = config.metrics.groups_every
+    every = int(split_interval(interval)[0]) if interval else None
+    return GroupMetrics(optimizer, every, steps_per_epoch, strategy.parts)
 
 
 def open_history(run: Run) -> History:

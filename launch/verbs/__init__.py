@@ -23,6 +23,7 @@ VERBS = {
     "checkpoint verify": "checkpoint:Verify",
     "checkpoint export": "checkpoint:Export",
     "checkpoint average": "checkpoint:Average",
+    "doctor": "doctor:Doctor",
     "data prepare": "data:Prepare",
     "data verify": "data:Verify",
 }

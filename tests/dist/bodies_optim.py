@@ -150,14 +150,17 @@ def bytes_sent(rule: str, shapes: list[tuple[int, int]]) -> tuple[int, int]:
     return counted[0], counted[1]
 
 
-def disagree() -> str:
-    """What a rank hears when it was given another parameter than the others."""
-    rows = 6 if dist.get_rank() else 8
+def disagree(rule: str, about: str) -> str:
+    """What a rank hears when it was given another parameter, rate, or size of buckets than the others."""
+    first = dist.get_rank() == 0
+    rows = 8 if about != "parameters" or first else 6
     mesh = mesh_of(dist.get_world_size())
     local = torch.zeros(rows // 2, 4)
     weight = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], shape=torch.Size((rows, 4)), stride=(4, 1)))
+    rate = 0.1 if about != "rates" or first else 0.2
+    limit = 2**20 if about != "buckets" or first else 2**10
     try:
-        ShardedOptimizer([{"rule": "muon", "params": [weight]}])
+        ShardedOptimizer([{"rule": rule, "params": [weight], "lr": rate}], bucket_bytes=limit)
     except ValueError as error:
         return str(error)
     return ""

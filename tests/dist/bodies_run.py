@@ -58,8 +58,7 @@ def train(
     started = run.step
     loaded = fingerprint(run.tensors()) if started else {}
     outcome, message = loop.train(run)
-    run.trace.close()
-    run.history.close()
+    run.close()
     history = (config.folder / "metrics.jsonl").read_text().splitlines()
     records = [lasting(json.loads(line)) for line in history]
     return {

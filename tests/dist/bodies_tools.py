@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -25,6 +26,12 @@ def evaluate(
         return evaluated(Path(folder), config, step, source, [Path(task) for task in tasks])
     except RunError as error:
         return {"error": str(error)}
+
+
+def evaluate_without_a_compiler(folder: str, tasks: list[str], overrides: list[str]) -> dict[str, Any]:
+    """The same where torch.compile must not be called."""
+    with mock.patch.object(torch, "compile", side_effect=AssertionError("compiled")):
+        return evaluate(folder, tasks, overrides)
 
 
 def likelihoods_of_a_model_that_sees_its_batch() -> list[float]:

@@ -4,6 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
+
+from trainer.model.prepare import check_compiler
+from trainer.outcome import RunError
+
+
+def _no_compiler() -> str:
+    try:
+        check_compiler(torch.device("cpu"))
+    except RunError as error:
+        return error.what
+    return ""
+
+
+NO_COMPILER = _no_compiler()
+"""Why nothing can be compiled here; empty if it can."""
 ABSENT = importlib.util.find_spec("deepspeed") is None
 REASON = "the extra is absent: pip install 'orthogon[deepspeed]'"
 

@@ -188,8 +188,10 @@ def test_a_split_weight_is_three_weights(rule, world, layout, group) -> None:
     assert (together - apart).abs().max() < 1e-12
 
 
-def test_ranks_with_other_parameters_are_refused_on_all(group) -> None:
-    assert all("different parameters" in message for message in group(2, bodies.disagree))
+@pytest.mark.parametrize("about", ["parameters", "rates", "buckets"])
+@pytest.mark.parametrize("rule", RULES)
+def test_ranks_with_other_parameters_are_refused_on_all(rule, about, group) -> None:
+    assert all("different parameters" in message for message in group(2, bodies.disagree, rule, about))
 
 
 def test_a_matrix_with_a_nan_stays_and_is_counted(group) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.dist import bodies_run, strategies
+from tests.dist import bodies_run, bodies_strategies, strategies
 from tests.dist.strategies import STRATEGIES, ZERO
 from tests.dist.test_run import place, resumed  # noqa: F401  (place is a fixture)
 
@@ -35,7 +35,21 @@ def test_losses_and_norms_are_those_of_fsdp2(group, place, fsdp2, strategy) -> N
     for mine, reference in zip(run["history"], fsdp2["history"], strict=True):
         for key in {"gradient_norm", "validation_loss"} & reference.keys():
             assert mine[key] == pytest.approx(reference[key], rel=1e-4)
+        assert mine.keys() == reference.keys()
+        for label, figures in reference.get("groups", {}).items():
+            assert mine["groups"][label].keys() == figures.keys()
+            for key, figure in figures.items():
+                found = mine["groups"][label][key]
+                assert found == (figure if figure is None else pytest.approx(figure, rel=1e-3)), (label, key)
+    assert [r["step"] for r in run["history"] if "groups" in r] == [5, 10, 15, 20]
     assert run["tensors"].keys() == fsdp2["tensors"].keys()
+
+
+def test_saves_share_one_mesh(group, place) -> None:  # noqa: F811
+    """A mesh for each save, or for each tensor, would keep its process groups to the end of the run."""
+    overrides = ["--name=meshes", *ADAMW, "--train.length=3 steps", "--checkpoint.every=1 steps"]
+    overrides.append(ZERO["deepspeed, stage: 2"][1])
+    assert group(2, bodies_strategies.meshes_of, str(place / "run.yaml"), overrides) == [1, 1]
 
 
 @pytest.mark.parametrize("strategy", [name for name in strategies.RESUMED if name in ZERO])

@@ -115,6 +115,33 @@ def test_ranks_that_do_not_fit_are_refused_before_data_is_prepared(group, place,
     assert not (place / "never").exists()
 
 
+def test_a_missing_compiler_is_told_before_data_is_prepared(group, place) -> None:  # noqa: F811
+    overrides = ["--name=uncompiled", *SHORT, f"--data.folder={place}/never"]
+    for text in group(2, bodies_strategies.without_a_compiler, str(place / "run.yaml"), overrides):
+        assert "train.compile needs a C++ compiler" in text
+        assert "mend:" in text
+    assert not (place / "never").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("about", "what", "where"),
+    [
+        ("configuration", "about the configuration: optim.weight_decay is 0.0 on rank 0 and 0.2 on rank 1", "optim.weight_decay"),
+        ("rates", "about this step: learning rates is [", "learning rates"),
+        ("gradients", "about this step: parameters without a gradient is [] on rank 0 and ['model.", "without a gradient"),
+    ],
+)
+def test_ranks_that_disagree_end_all_with_one_sentence(group, place, strategy, about, what, where) -> None:  # noqa: F811
+    """No rank hangs, none goes on."""
+    overrides = [f"--name=odd-{about}-{strategy}", *SHORT, TORCH[strategy][1]]
+    texts = group(2, bodies_strategies.disagreeing, str(place / "run.yaml"), overrides, about, timeout=60.0)
+    assert texts[0] == texts[1]
+    assert what in texts[0]
+    assert where in texts[0]
+    assert "mend:" in texts[0]
+
+
 def test_one_rank_under_ddp_is_fine(group, place, calm) -> None:  # noqa: F811
     losses = resumed(group, place, "alone", [(1, None)], *SHORT, "--train.length=3 steps", *DDP)[0]["loss"]
     assert losses[:2] == pytest.approx(calm["loss"][:2], rel=1e-5)

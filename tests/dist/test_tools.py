@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from launch.cli import dispatch
-from tests.dist import bodies_run, bodies_tools
+from tests.dist import bodies_run, bodies_strategies, bodies_tools
+from tests.dist.strategies import NO_COMPILER
 from tests.dist.test_cli import finished
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.average import average_checkpoints, weights_of
@@ -162,6 +163,35 @@ def test_bad_tasks_name_file_and_line(group, tiny, tmp_path) -> None:
         for answer in group(2, bodies_tools.evaluate, str(tiny.folder), [str(path)], []):
             assert words in answer["error"]
             assert "bad.jsonl:2" in answer["error"]
+
+
+@pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER)
+def test_tools_on_a_compiled_run_with_loss_in_chunks_answer_as_without(group, tiny, task) -> None:
+    """No tool compiles, and logits in chunks are the same logits: nothing depends on what the run was trained with."""
+    overrides = ["--name=fast", "--train.length=5 steps", "--train.loss_chunk=5"]
+    result = group(2, bodies_strategies.compiled, tiny.yaml, overrides, "aot_eager")[0]
+    assert result["graphs"] >= 1
+    folder = tiny.place / "runs/fast"
+    plain = ["--train.loss_chunk=null", "--train.compile=false"]
+    fast, slow = (
+        group(2, bodies_tools.evaluate_without_a_compiler, str(folder), [str(task)], more)[0] for more in ([], plain)
+    )
+    assert fast["tasks"] == slow["tasks"]
+    assert fast["validation"]["loss"] == pytest.approx(slow["validation"]["loss"], rel=1e-6)
+    assert fast["validation"]["loss"] == pytest.approx(
+        next(r["validation_loss"] for r in result["history"] if "validation_loss" in r), rel=1e-5
+    )
+    samples = [s["continuation"] for s in lines(folder / "samples.jsonl")]
+    checkpoint, manifest = manifests.pick(folder)
+    model, room, device = loaded_model(folder, None, None)
+    drawn = Sampling(tokens=6, seed=0)
+    prompts = ["the sea", "of"]
+    found = [t for _, _, t in generate(model, load_tokenizer(folder), prompts, drawn, room=room, device=device, batch=2)]
+    assert [t.continuation for t in found if t is not None] == samples
+    target, _ = export_of(folder)  # which compares logits with the trainer's
+    exported = model_tensors(exported_model(target))
+    for name, tensor in model_tensors(restored_model(folder, checkpoint, manifest)).items():
+        assert torch.equal(tensor, exported[name]), name
 
 
 # Averages.

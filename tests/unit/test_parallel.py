@@ -31,6 +31,25 @@ STRATEGIES = alternatives("trainer.parallel")
             "parallel.offload_parameters needs partitioned parameters, and parallel.stage is 2",
             "parallel",
         ),
+        (
+            ["--parallel={name: deepspeed}", "--optim={name: adamw}", "--train.micro_batch_size=auto"],
+            "auto works with fsdp2, ddp and single, not with deepspeed",
+            "train.micro_batch_size",
+        ),
+        (
+            ["--parallel={name: deepspeed, stage: 3}", "--optim={name: adamw}", "--train.loss_chunk=64"],
+            "parallel.stage: 3 gathers them for one call only",
+            "train.loss_chunk",
+        ),
+        (
+            [
+                "--parallel={name: deepspeed, stage: 3}",
+                "--optim={name: adamw}",
+                "--train.activation_checkpointing=selective",
+            ],
+            "parallel.stage: 3 gathers parameters among them",
+            "train.activation_checkpointing",
+        ),
         (["--parallel.spread_replicas=true"], "parallel.replicate is 1", "parallel.spread_replicas"),
         (["--parallel={name: deepspeed, stage: 4}", "--optim={name: adamw}"], "stage", "parallel"),
         (["--parallel.replicate=0"], "parallel.replicate", "parallel.replicate"),
@@ -60,7 +79,7 @@ def test_deepspeed_with_adamw_is_a_configuration_also_where_it_is_not_installed(
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_has_all_parts(name) -> None:
     module = STRATEGIES[name]
-    assert list(inspect.signature(module.check).parameters) == ["options", "optimizer"]
+    assert list(inspect.signature(module.check).parameters) == ["options", "optimizer", "train"]
     single = STRATEGIES["single"].Strategy
     assert module.Strategy is single or module.Strategy.__bases__ == (single,)
     assert {n for n in vars(module.Strategy) if not n.startswith("_")} - set(vars(single)) <= {

@@ -7,18 +7,22 @@ and not there, is damage.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import stat
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.files import digest, fsync_file, fsync_folder, read_json, sha256_file, write_json, write_text
+from trainer.files import digest, fsync_file, fsync_folder, json_text, sha256_file, write_json, write_text
 from trainer.outcome import Outcome, RunError
 
 FORMAT = 1
 FILE = "manifest.json"
+_NAME = re.compile(r"step-\d{8,}")
 
 
 class Damaged(Exception):
@@ -47,11 +51,16 @@ class Manifest:
     config: dict[str, Any]
     """The run's resolved configuration at the save."""
     state: dict[str, Any]
-    """Optimizer groups, counters, skipped windows, identity of the data."""
+    """Optimizer groups, counters, skipped windows, identity of the data, and whether it counts as good."""
     versions: dict[str, str] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
     saved_at: float = 0.0
     format: int = FORMAT
+
+    @property
+    def good(self) -> bool:
+        """Not saved in the middle of a streak of skipped steps: worth going back to."""
+        return self.state.get("good") is not False
 
 
 def name(step: int) -> str:
@@ -64,7 +73,7 @@ def generations(checkpoints: Path) -> list[Path]:
     if not checkpoints.exists():
         return []
     return sorted(
-        (p for p in checkpoints.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()), reverse=True
+        (p for p in checkpoints.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of, reverse=True
     )
 
 
@@ -78,37 +87,54 @@ def read(folder: Path) -> Manifest:
     """The manifest of a generation.
 
     Raises:
-        Damaged: it is missing, unreadable, or does not match its own digest.
+        Damaged: it is missing, unreadable, not byte for byte what `write` makes of its content, does not match its own
+            digest, or belongs to the generation of another step.
     """
     path = folder / FILE
     try:
-        record = read_json(path)
+        check_regular(folder, FILE)
+        text = path.read_bytes().decode()
+        record = json.loads(text)
         content, expected = record["manifest"], record["sha256"]
+        found, exact = digest(content), json_text(record) == text
     except FileNotFoundError:
         raise Damaged(FILE, "a manifest", "none") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise Damaged(FILE, "a readable manifest", str(error.strerror)) from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise Damaged(FILE, "a readable manifest", type(error).__name__) from None
-    found = digest(content)
     if found != expected:
         raise Damaged(FILE, f"sha256 {expected}", f"sha256 {found}")
+    if not exact:
+        raise Damaged(FILE, "the text as it was written", "another text of the same content")
     if content.get("format") != FORMAT:
         raise Damaged(FILE, f"format {FORMAT}", f"format {content.get('format')}")
+    if _NAME.fullmatch(folder.name) and step_of(folder) != content["step"]:
+        raise Damaged(FILE, f"the manifest of step {step_of(folder)}", f"that of step {content['step']}")
     return Manifest(**content)
 
 
 def check_names(folder: Path, manifest: Manifest) -> None:
-    """The folder holds the listed files and nothing else."""
-    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir() or p.is_symlink()} - {FILE}
+    """The folder holds the listed files and nothing else, no folder either."""
+    there = {str(p.relative_to(folder)) for p in folder.rglob("*")} - {FILE}
     for extra in sorted(there - manifest.files.keys()):
-        raise Damaged(extra, "no such file", "a file")
+        raise Damaged(extra, "nothing of this name", "a file or folder")
     for missing in sorted(manifest.files.keys() - there):
         raise Damaged(missing, "a file", "none")
+
+
+def check_regular(folder: Path, file: str) -> None:
+    """A file of a generation is a file, not a link to something that may change."""
+    mode = (folder / file).lstat().st_mode
+    if not stat.S_ISREG(mode):
+        raise Damaged(file, "a regular file", "a symbolic link" if stat.S_ISLNK(mode) else "something else")
 
 
 def check_file(folder: Path, manifest: Manifest, file: str) -> None:
     """Size and SHA-256 of one file are as listed."""
     expected = manifest.files[file]
     try:
+        check_regular(folder, file)
         size = (folder / file).stat().st_size
         if size != expected["size"]:
             raise Damaged(file, f"{expected['size']} bytes", f"{size} bytes")
@@ -223,7 +249,11 @@ def copy(folder: Path, manifest: Manifest, checkpoints: Path) -> str:
 
 
 def quarantine(folder: Path, reason: str) -> Path:
-    """Move a bad generation to `quarantine/` beside it, with the reason, and return its new place."""
+    """Move a bad generation to `quarantine/` beside it, with the reason where it can be written; returns its new place.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
     home = folder.parent / "quarantine"
     home.mkdir(exist_ok=True)
     target, number = home / folder.name, 1
@@ -231,8 +261,9 @@ def quarantine(folder: Path, reason: str) -> Path:
         number += 1
         target = home / f"{folder.name}-{number}"
     folder.rename(target)
-    write_text(target / "reason.txt", reason + "\n")
-    fsync_folder(folder.parent)
+    with suppress(OSError):  # the disk may be full
+        write_text(target / "reason.txt", reason + "\n")
+        fsync_folder(folder.parent)
     return target
 
 

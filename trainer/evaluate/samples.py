@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer import distributed
 from trainer.evaluate.sampling import Sampling
 from trainer.evaluate.text import generate, load_tokenizer
@@ -32,7 +34,8 @@ class Samples:
             return
         run.model.eval()
         room = run.config.data.sequence_length
-        with run.strategy.context():
+        # Compiled blocks would be compiled anew for the lengths of texts.
+        with torch.compiler.set_stance("force_eager"), run.strategy.context():
             pieces = generate(
                 run.model, self.tokenizer, self.prompts, self.sampling, room=room, device=run.device,
                 batch=len(self.prompts),

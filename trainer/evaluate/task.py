@@ -54,6 +54,8 @@ def evaluate(
     opened = setup.open_data(config, folder, Progress(False, 0))
     if config.parallel.name == "deepspeed":  # it trains; its checkpoints are those of all strategies
         config = replace(config, parallel=fsdp2.Options())
+    # Compiling for a few forwards costs more than it saves, and the machine may have no compiler.
+    config = replace(config, train=replace(config.train, compile=False))
     strategy = distributed.together(lambda: assembly.open_strategy(config, device, world))
     _, below = assembly.starting_point(config, folder)
     shape = distributed.together(lambda: assembly.shape_of(config, opened.tokenizer, below))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainer.distributed import sum_over_ranks, world
+from trainer.distributed import digest, same, sum_over_ranks, world
+from trainer.outcome import Outcome
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,21 @@ class Verdict:
 
 def agree(
     gradients: list[tuple[Tensor, int]], loss_sum: float, tokens: int, expected: int, *, signal: bool, timeout: bool, save_due: bool,
-    saved: bool, rejected: int, device: torch.device,
+    saved: bool, rejected: int, device: torch.device, facts: Mapping[str, object] | None = None,
 ) -> Verdict:  # fmt: skip
-    """Reduce this rank's sums and flags.
+    """Reduce this rank's sums and flags, and make sure that the ranks are about to do the same step.
 
     Args:
         gradients: this rank's share of the gradients of `loss_sum / expected`, each with the number of ranks that hold a
             copy of it.
+        facts: what must be the same on all ranks, such as learning rates; a digest of it travels with the sums.
+
+    Raises:
+        RunError: the ranks have different facts; on all of them.
     """
+    mark = digest(facts or {})
     square = float(local_square(gradients))
-    facts = [
+    numbers = [
         loss_sum,
         float(tokens),
         square,
@@ -57,7 +64,11 @@ def agree(
         float(saved),
         float(rejected),
     ]
-    total, count, square, signals, timeouts, saves, complete, refused = sum_over_ranks(facts, device)
+    total, count, square, signals, timeouts, saves, complete, refused, marks, squared_marks = sum_over_ranks(
+        [*numbers, mark, mark * mark], device
+    )
+    if int(squared_marks) * world() != int(marks) ** 2:  # sums of whole numbers are exact; equal ones have no variance
+        same(facts or {}, "this step", Outcome.BUG)
     ratio = expected / max(count, 1.0)
     return Verdict(
         loss=total / max(count, 1.0),

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,41 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trainer.distributed import world
+
+
+class Parts(Protocol):
+    """What this rank holds of the parameters, group by group."""
+
+    members: list[list[Any]]
+    """The parameters of each of the optimizer's groups."""
+
+    def weight(self, parameter: Any) -> Tensor: ...
+
+    def gradient(self, parameter: Any) -> Tensor: ...
+
+    def copies(self, parameter: Any) -> int: ...
+
+
+class Tensors:
+    """Parts of plain tensors and DTensors."""
+
+    def __init__(self, members: list[list[Any]]) -> None:
+        self.members = members
+
+    def weight(self, parameter: Any) -> Tensor:
+        return local(parameter)
+
+    def gradient(self, parameter: Any) -> Tensor:
+        """Empty where there is none, which counts zero."""
+        return local(parameter).new_empty(0) if parameter.grad is None else local(parameter.grad)
+
+    def copies(self, parameter: Any) -> int:
+        """Number of ranks that hold the same values of a tensor as this one: all of them, unless it is sharded."""
+        if not isinstance(parameter, DTensor):
+            return world()
+        mesh = parameter.device_mesh
+        placed = enumerate(parameter.placements)
+        return world() // math.prod(mesh.size(i) for i, placement in placed if placement.is_shard())
 
 
 class GroupMetrics:
@@ -27,16 +62,20 @@ class GroupMetrics:
         optimizer: its groups carry `label`, `lr`, `weight_decay`.
         every: steps between measurements; None: never.
         steps_per_epoch: optimizer steps of one pass over the training data.
+        parts: where a strategy keeps weights and gradients elsewhere than in the parameters; None: it does not.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, every: int | None, steps_per_epoch: float) -> None:
+    def __init__(self, optimizer: Any, every: int | None, steps_per_epoch: float, parts: Parts | None = None) -> None:
         self.groups, self.every, self.steps_per_epoch = optimizer.param_groups, every, steps_per_epoch
         self.names = names([group["label"] for group in self.groups])
+        self.parts: Parts = parts or Tensors([group["params"] for group in self.groups])
         self.shares = [
             torch.tensor(
-                [1 / copies(p) for p in group["params"]], dtype=torch.float64, device=group["params"][0].device
+                [1 / self.parts.copies(p) for p in members],
+                dtype=torch.float64,
+                device=self.parts.weight(members[0]).device,
             )
-            for group in (self.groups if every is not None else [])
+            for members in (self.parts.members if every is not None else [])
         ]
         self._pending: tuple[Tensor, float, list[tuple[float, float]]] | None = None
 
@@ -52,13 +91,13 @@ class GroupMetrics:
         if self.every is None or (step + 1) % self.every:
             yield
             return
-        pairs = list(zip(self.groups, self.shares, strict=True))
-        gradients = [squares([gradient(p) for p in group["params"]], shares) for group, shares in pairs]
-        before = [[local(p).clone() for p in group["params"]] for group in self.groups]
+        parts, pairs = self.parts, list(zip(self.parts.members, self.shares, strict=True))
+        gradients = [squares([parts.gradient(p) for p in members], shares) for members, shares in pairs]
+        before = [[parts.weight(p).clone() for p in members] for members in parts.members]
         yield
-        weights = [squares([local(p) for p in group["params"]], shares) for group, shares in pairs]
-        for group, old in zip(self.groups, before, strict=True):
-            torch._foreach_sub_(old, [local(p) for p in group["params"]])
+        weights = [squares([parts.weight(p) for p in members], shares) for members, shares in pairs]
+        for members, old in zip(parts.members, before, strict=True):
+            torch._foreach_sub_(old, [parts.weight(p) for p in members])
         updates = [squares(old, shares) for old, shares in zip(before, self.shares, strict=True)]
         vector = torch.stack([*gradients, *updates, *weights])
         dist.all_reduce(vector)
@@ -74,7 +113,7 @@ class GroupMetrics:
         self._pending = None
         found = {}
         for index, (name, (rate, decay)) in enumerate(zip(self.names, rates, strict=True)):
-            elements = sum(p.numel() for p in self.groups[index]["params"])
+            elements = sum(entries(p) for p in self.parts.members[index])
             gradient, update, weight = (values[index + part * count] for part in range(3))
             shrink = rate * decay * self.steps_per_epoch  # share of a weight that an epoch takes away
             found[name] = {
@@ -104,22 +143,15 @@ def names(labels: list[str]) -> list[str]:
 
 def squares(tensors: list[Tensor], shares: Tensor) -> Tensor:
     """Weighted sum of the tensors' sums of squares; a float64 scalar on the device."""
-    return (torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square() * shares).sum()
+    norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
+    return (norms.to(shares.device).square() * shares).sum()
 
 
-def copies(tensor: Any) -> int:
-    """Number of ranks that hold the same values of a tensor as this one: all of them, unless it is sharded."""
-    if not isinstance(tensor, DTensor):
-        return world()
-    mesh = tensor.device_mesh
-    return world() // math.prod(mesh.size(i) for i, placement in enumerate(tensor.placements) if placement.is_shard())
+def entries(parameter: Any) -> int:
+    """Entries of a whole parameter, also of one that ZeRO has taken apart."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def local(tensor: Any) -> Tensor:
     """This rank's part of a tensor, outside of autograd."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def gradient(parameter: Any) -> Tensor:
-    """This rank's part of the gradient; empty where there is none, which counts zero."""
-    return local(parameter).new_empty(0) if parameter.grad is None else local(parameter.grad)

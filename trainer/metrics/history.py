@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.files import write_text
+from trainer.files import Lines
 from trainer.metrics.follow import HURRY, PATIENCE, Follower
 
 # How the names of what depends on the clock end; all else of a record repeats bit for bit.
@@ -20,19 +21,19 @@ class History:
 
     def __init__(self, path: Path | None, followers: Sequence[Follower] = ()) -> None:
         self.path, self.followers = path, followers
-        self._file = open(path, "a", encoding="utf-8", buffering=1) if path else None
+        self._lines = Lines(path, point="history.write") if path else None
 
     def write(self, **record: Any) -> None:
-        """Append one record."""
-        if self._file:
-            self._file.write(json.dumps(record) + "\n")
+        """Append one record; while the disk is full it waits in memory."""
+        if self._lines:
+            self._lines.write(json.dumps(record))
             for follower in self.followers:
                 follower.put(record)
 
     def close(self, *, hurry: bool = False) -> None:
         """Close the file, and give the followers some time to send the rest, less in a hurry."""
-        if self._file:
-            self._file.close()
+        if self._lines:
+            self._lines.close()
             deadline = time.monotonic() + (HURRY if hurry else PATIENCE)
             for follower in self.followers:
                 follower.close(deadline)
@@ -56,7 +57,22 @@ def lasting(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut(path: Path, step: int) -> None:
-    """Drop the records after `step`: a resumed run writes them again."""
-    kept = [record for record in read(path) if record["step"] <= step]
-    if path.exists():
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    """Drop the records after `step`, those that wait for the disk too: a run that went back writes them again.
+
+    The file is cut in place, which takes no space and leaves an open history right.
+    """
+    Lines(path).keep(lambda line: json.loads(line)["step"] <= step)
+    if not path.exists():
+        return
+    end = 0
+    with open(path, "rb+") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except ValueError:
+                break
+            end += len(line)
+        file.truncate(end)
+        file.flush()
+        os.fsync(file.fileno())

@@ -28,7 +28,7 @@ class MetricsConfig:
     __pydantic_config__ = STRICT
     groups_every: Interval | None = "50 steps"
     """Interval, in steps, between records of each parameter group's gradient norm, update, weights and decay time; none:
-    never, as under `deepspeed`. At these steps a copy of this rank's weights is held while the optimizer works."""
+    never. At these steps a copy of this rank's weights is held while the optimizer works."""
     sinks: list[SinkOptions] = field(default_factory=list)
     """Other places that show the history, each at most once; secrets come from the environment, never from here."""
     profile: Window | None = None

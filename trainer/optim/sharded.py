@@ -86,12 +86,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Owners and buckets of all matrices, per set of ranks; every rank must come to the same."""
         crews: dict[Crew, list[tuple[int, Tensor]]] = {}
         for index, group in enumerate(self.param_groups):
-            for parameter in group["params"] if orthogonalizes(rule_of(group["rule"])) else []:
-                crews.setdefault(self._crew(parameter), []).append((index, parameter))
+            matrix_rule = orthogonalizes(rule_of(group["rule"]))
+            for parameter in group["params"]:
+                crews.setdefault(self._crew(parameter), []).extend([(index, parameter)] if matrix_rule else [])
+        facts = ([[_layout(p) for p in group["params"]] for group in self.param_groups], self._limit, self._spread)
         for crew, members in crews.items():
             stored = [_stored(parameter, self.param_groups[index]) for index, parameter in members]
             matrices = own(stored, crew.parts, crew.copies)
-            agree(crew, (stored, matrices, self._limit, self.hyperparameters()))
+            agree(crew, (stored, matrices, facts, self.hyperparameters()))
             kinds: dict[tuple[int, bool], list[int]] = {}
             for position, (index, _) in enumerate(members):
                 tall = (stored[position].blocks or stored[position].shape[1:])[0] >= stored[position].shape[2]
@@ -237,6 +239,10 @@ def _describe(value: Any) -> str:
         return type(value).__name__
     kind = "sharded" if isinstance(value, DTensor) else "plain"
     return f"{kind} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.placements if isinstance(tensor, DTensor) else None
 
 
 def _local(tensor: Tensor) -> Tensor:

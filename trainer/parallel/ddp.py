@@ -23,8 +23,8 @@ class Options:
     name: Literal["ddp"] = "ddp"
 
 
-def check(options: Options, optimizer: Any) -> None:
-    """Every optimizer works on whole parameters."""
+def check(options: Options, optimizer: Any, train: Any) -> None:
+    """Every optimizer and every option of `train` works on whole parameters."""
 
 
 class Strategy(single.Strategy):

@@ -37,8 +37,8 @@ class Options:
     """Keep partitions of parameters in CPU memory; stage 3 only."""
 
 
-def check(options: Options, optimizer: Any) -> None:
-    """Refuse matrix optimizers, and an option that would do nothing."""
+def check(options: Options, optimizer: Any, train: Any) -> None:
+    """Refuse matrix optimizers, an option that would do nothing, and what cannot be done to partitioned parameters."""
     if optimizer.name != "adamw":
         raise RunError(
             f"optim.name is {optimizer.name}, which works on whole matrices, and deepspeed flattens parameters into vectors",
@@ -50,6 +50,26 @@ def check(options: Options, optimizer: Any) -> None:
             f"parallel.offload_parameters needs partitioned parameters, and parallel.stage is {options.stage}",
             where="parallel.offload_parameters",
             mend="set parallel.stage: 3, or leave it out",
+        )
+    if train.micro_batch_size == "auto":
+        raise RunError(
+            "train.micro_batch_size: auto works with fsdp2, ddp and single, not with deepspeed, which frees no engine that "
+            "ran out of memory",
+            where="train.micro_batch_size",
+            mend="give a number of sequences",
+        )
+    if options.stage == 3 and train.loss_chunk is not None:
+        raise RunError(
+            "train.loss_chunk needs the head's weights for all chunks, and parallel.stage: 3 gathers them for one call only",
+            where="train.loss_chunk",
+            mend="use parallel.stage: 2 or fsdp2, or leave train.loss_chunk out",
+        )
+    if options.stage == 3 and train.activation_checkpointing == "selective":
+        raise RunError(
+            "train.activation_checkpointing: selective computes the operations of a forward again, and parallel.stage: 3 "
+            "gathers parameters among them, each time otherwise",
+            where="train.activation_checkpointing",
+            mend="use full, or parallel.stage: 2, or fsdp2",
         )
 
 
@@ -90,7 +110,8 @@ class Strategy(single.Strategy):
         if self.options.stage < 3:
             engine.optimizer._lazy_init_hp_params_optimizer_state()  # a resume fills the state before the first step
         optimizer.engine = self.forward = engine
-        self.partitioned = optimizer
+        self.partitioned, self.rows = optimizer, zero.Rows()
+        self.parts = zero.Parts(optimizer, self.options.stage)
 
     def settings(self, model: Any) -> dict[str, Any]:
         """DeepSpeed's own configuration. Clipping, accumulation and the learning rate stay with the training loop."""
@@ -133,6 +154,10 @@ class Strategy(single.Strategy):
         shares: list[tuple[Any, int]] = zero.local_gradients(parameters, self.options.stage)
         return shares
 
+    def missing(self, parameters: list[Any], names: dict[Any, str]) -> list[str]:
+        """None: gradients lie in partitions, which have a place for each parameter."""
+        return []
+
     def scale(self, parameters: list[Any], factor: float) -> None:
         """Done by the optimizer, where the gradients are flat."""
         self.partitioned.inner.factor = factor
@@ -144,7 +169,7 @@ class Strategy(single.Strategy):
         """Copies: partitions are put together, parameter by parameter."""
         persistent = model.state_dict().keys()
         buffers = {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in persistent}
-        return {**zero.whole_tensors(optimizer, names), **buffers}
+        return {**zero.whole_tensors(optimizer, names, self.rows), **buffers}
 
     def adopt(self, tensors: dict[str, Any], model: Any, optimizer: Any, names: dict[Any, str]) -> None:
         zero.set_whole_tensors(optimizer, names, tensors, self.options.stage)

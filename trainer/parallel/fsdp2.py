@@ -36,7 +36,7 @@ class Options:
     """Reduce gradients to shards after each micro-step: less memory, more traffic than once per step."""
 
 
-def check(options: Options, optimizer: Any) -> None:
+def check(options: Options, optimizer: Any, train: Any) -> None:
     """Refuse an option that would do nothing."""
     if options.spread_replicas and options.replicate == 1:
         raise RunError(

@@ -54,6 +54,8 @@ class Optimizer:
     """The optimizer as the training loop sees it: the engine's step, and state by parameter."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.members = [[parameter for _, parameter in group["params"]] for group in groups]
+        """The parameters of each group, whose place in the groups the engine's partitions take."""
         self.inner = PartitionAdamW(groups)
         self.engine: Any = None
         self.pending = False
@@ -101,11 +103,35 @@ def local_gradients(parameters: list[Any], stage: int) -> list[tuple[Tensor, int
     return [(p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group), 1) for p in held]
 
 
-def whole_tensors(optimizer: Optimizer, names: dict[Any, str]) -> dict[str, Tensor]:
+class Parts:
+    """What this rank holds of the parameters, for the figures of parameter groups: parts of fp32 partitions and of their
+    gradients, each on one rank only; empty where other ranks hold all of a parameter."""
+
+    def __init__(self, optimizer: Optimizer, stage: int) -> None:
+        self.members, self.stage = optimizer.members, stage
+
+    def weight(self, parameter: Any) -> Tensor:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        if self.stage == 3:
+            held: Tensor = safe_get_local_fp32_param(parameter)
+        else:
+            mapping = parameter._hp_mapping
+            held = parameter.new_empty(0) if mapping is None else mapping.get_hp_fragment()
+        return held.detach()
+
+    def gradient(self, parameter: Any) -> Tensor:
+        found = local_gradients([parameter], self.stage)
+        return found[0][0] if found else self.weight(parameter)
+
+    def copies(self, parameter: Any) -> int:
+        return 1
+
+
+def whole_tensors(optimizer: Optimizer, names: dict[Any, str], rows: Rows) -> dict[str, Tensor]:
     """Copies of weights and state by their names in a checkpoint, each whole tensor cut into rows over the ranks."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    rows = _Rows()
     found: dict[str, Tensor] = {}
     for parameter, name in names.items():
         found[f"model.{name}"] = rows.of(safe_get_full_fp32_param(parameter))
@@ -142,8 +168,9 @@ def set_whole_tensors(optimizer: Optimizer, names: dict[Any, str], tensors: dict
         optimizer.engine.optimizer.update_lp_params()
 
 
-class _Rows:
-    """Cuts whole tensors into rows over all ranks, on the CPU."""
+class Rows:
+    """Cuts whole tensors into rows over all ranks, on the CPU. One for each strategy: a mesh may come with process
+    groups of its own, which nothing frees."""
 
     def __init__(self) -> None:
         self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))

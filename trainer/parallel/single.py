@@ -23,8 +23,8 @@ class Options:
     name: Literal["single"] = "single"
 
 
-def check(options: Options, optimizer: Any) -> None:
-    """Every optimizer works on whole parameters."""
+def check(options: Options, optimizer: Any, train: Any) -> None:
+    """Every optimizer and every option of `train` works on whole parameters."""
 
 
 class Strategy:
@@ -49,6 +49,8 @@ class Strategy:
         self.options, self.precision, self.device, self.world = options, precision, device, world
         self.forward: Callable[..., Any] | None = None
         """What a forward calls in place of the model; set by `connect`."""
+        self.parts: Any = None
+        """What this rank holds of the parameters, for the figures of groups; None: what lies in them."""
         self.check_world()
 
     @property
@@ -107,6 +109,10 @@ class Strategy:
             elif gradient is not None:
                 shares.append((gradient, self.world))
         return shares
+
+    def missing(self, parameters: list[Any], names: dict[Any, str]) -> list[str]:
+        """Names of the parameters without a gradient, which must be the same on all ranks."""
+        return [names[parameter] for parameter in parameters if parameter.grad is None]
 
     def scale(self, parameters: list[Any], factor: float) -> None:
         """Multiply the step's gradients by a number that is the same on all ranks."""

@@ -1,0 +1,139 @@
+"""Real runs that really die: `orthogon run` in a process of its own, with faults in its environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import manifest as manifests
+from trainer.files import read_json
+from trainer.guard import faults, heartbeat
+from trainer.metrics.history import lasting
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """\
+name: x
+runs: {folder}/runs
+model:
+  config: {{model_type: llama, hidden_size: 24, intermediate_size: 40, num_hidden_layers: 2, num_attention_heads: 3,
+           num_key_value_heads: 3}}
+data: {{path: "{folder}/corpus.txt", folder: "{folder}/prepared", documents: paragraph, validation_fraction: 0.2,
+        tokenizer: {{vocab_size: 301}}, sequence_length: 16}}
+train: {{length: {steps} steps, tokens_per_step: 128, micro_batch_size: 2}}
+optim: {{name: normuon, lr: 0.01, polar_dtype: fp32}}
+parallel: {{name: fsdp2}}
+checkpoint: {{every: 2 steps, keep: 2}}
+evaluate: {{every: 7 steps}}
+guard: {{spike_threshold: null}}
+resources: {{device: cpu, ranks: 2}}
+finish: {{export: false}}
+"""
+
+
+def place(folder: Path, steps: int) -> Path:
+    """A corpus and a configuration in a folder, which is returned."""
+    words = [
+        "the",
+        "of",
+        "sea",
+        "light",
+        "runs",
+        "over",
+        "under",
+        "seven",
+        "stones",
+        "while",
+        "green",
+        "birds",
+        "sing",
+        "and",
+        "nobody",
+        "hears",
+        "it",
+    ]
+    lines = [" ".join(words[(i * j + j) % len(words)] for j in range(1, 12)) + f" {i}." for i in range(40)]
+    (folder / "corpus.txt").write_text("\n\n".join(lines))
+    (folder / "run.yaml").write_text(CONFIG.format(folder=folder, steps=steps))
+    return folder
+
+
+class Running:
+    """`orthogon VERB ...` on the place's runs, in the background."""
+
+    def __init__(self, place: Path, name: str, *words: str, verb: str = "run", faults: str = "") -> None:
+        self.place, self.name, self.folder = place, name, place / "runs" / name
+        target = [str(place / "run.yaml"), f"--name={name}"] if verb == "run" else [name, f"--runs={place}/runs"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", faults_variable(): faults}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "launch.cli", verb, *target, *words], cwd=ROOT, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def ends(self, seconds: float) -> tuple[int, str]:
+        """The exit code and what was said; nothing of the run may be left alive after it."""
+        text, _ = self.process.communicate(timeout=seconds)
+        until(lambda: not processes_of(self.folder), 20, lambda: processes_of(self.folder))
+        return self.process.returncode, text
+
+    def beats(self, attempt: int) -> dict[int, heartbeat.Beat]:
+        return heartbeat.read_all(self.folder / f"logs/{attempt}")
+
+    def trains(self, attempt: int = 1, step: int = 1, ranks: int = 2) -> None:
+        """Wait until all ranks of an attempt have done so many steps."""
+
+        def there() -> bool:
+            beats = self.beats(attempt)
+            return len(beats) == ranks and all(beat.step >= step for beat in beats.values())
+
+        until(there, 240, lambda: (self.process.poll(), self.beats(attempt)))
+
+    def outcomes(self) -> list[str]:
+        return outcomes(self.folder)
+
+
+def faults_variable() -> str:
+    return faults.VARIABLE
+
+
+def until(what: Callable[[], object], seconds: float, hint: Callable[[], object] = str) -> None:
+    """Wait for something that can be seen."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, hint()
+        time.sleep(0.05)
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of the living processes that serve a run."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if f"{folder} " in f"{line} " and state != "Z":
+            found.append(line)
+    return found
+
+
+def outcomes(folder: Path) -> list[str]:
+    """The outcome of each attempt, in order."""
+    attempts = sorted(int(p.name) for p in (folder / "logs").iterdir() if p.name.isdigit())
+    return [read_json(folder / f"logs/{n}/attempt.json")["outcome"] for n in attempts]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Size and SHA-256 of every file of the newest checkpoint, which must verify."""
+    return manifests.verify(manifests.generations(folder / "checkpoints")[0]).files
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run without timings."""
+    return [lasting(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
