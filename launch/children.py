@@ -1,4 +1,7 @@
-"""Processes of an attempt: none outlives its launcher, and none is left when an attempt has ended."""
+"""Processes of an attempt: none outlives its launcher, and none is left when an attempt has ended.
+
+Whatever is below this process counts as the attempt's: a launcher starts nothing else meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from typing import IO, Any
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LEAVE_SECONDS = 5.0
 """What processes get to leave by themselves after SIGTERM, or after their parent died."""
+UNKILLABLE_SECONDS = 30.0
 _PDEATHSIG, _SUBREAPER = 1, 36  # prctl(2)
 
 
@@ -71,6 +75,7 @@ def sweep(child: subprocess.Popen[Any], grace: float = LEAVE_SECONDS) -> None:
     while (left := descendants(os.getpid())) and time.monotonic() < deadline:
         _reap(left, child)
         time.sleep(0.05)
+    complain = time.monotonic() + UNKILLABLE_SECONDS
     while True:
         for pid in left:
             _kill(pid)
@@ -81,6 +86,11 @@ def sweep(child: subprocess.Popen[Any], grace: float = LEAVE_SECONDS) -> None:
         left = descendants(os.getpid())
         if not left and child.poll() is not None:
             return
+        if time.monotonic() > complain:  # a disk or a device does not answer: the next attempt must wait
+            print(
+                f"waiting for processes that SIGKILL does not end: {left or [child.pid]}", file=sys.stderr, flush=True
+            )
+            complain = float("inf")
 
 
 def descendants(pid: int) -> list[int]:

@@ -89,7 +89,9 @@ def told(config: Any, folder: Path, outcome: dict[str, Any]) -> int:
         return process.task("finish", str(folder))
     name = process.reference(config.name, Path(config.runs))
     if word in (Outcome.PREEMPTED.value, Outcome.INFRASTRUCTURE.value, Outcome.NO_SPACE.value):
-        print(f"go on with: orthogon resume {name}")
+        from launch.report import go_on
+
+        print(f"go on with: {go_on(outcome, name, log)}")
     if word in (Outcome.BUG.value, Outcome.INFRASTRUCTURE.value):
         print(f"why: orthogon report {name}; logs: {log}/rank-*.log, {log}/torchrun*.log")
     return int(outcome["exit_code"])
