@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # The first quickstart is called `quickstart`; later ones carry the time, because a run is never written over.
 NAME   ?= $(shell test -e runs/quickstart && date +quickstart-%Y%m%d-%H%M%S || echo quickstart)
 
-.PHONY: help install quickstart test test-chaos lint bench tables schema clean
+.PHONY: help install quickstart test test-chaos lint audit bench tables schema clean
 
 help:        ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -28,10 +28,13 @@ test: install        ## all fast tests
 test-chaos: install  ## nodes that are killed and cut off, in minutes; needs root for network namespaces
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -p no:cacheprovider
 
-lint: install        ## style and types
+lint: install audit  ## style, types, dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: install       ## the installed packages are the pinned ones, fit together, and have no known advisory
+	$(BIN)/python tests/audit.py
 
 bench: install       ## side-by-side measurements
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop_overhead.py

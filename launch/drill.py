@@ -20,6 +20,7 @@ from typing import Any
 
 from launch import children, process
 from trainer import runfolder
+from trainer.checkpoint import contents
 from trainer.checkpoint import manifest as manifests
 from trainer.files import write_json
 from trainer.guard import faults, heartbeat
@@ -241,8 +242,10 @@ def _newest(run: Path) -> int:
     return max(map(manifests.step_of, manifests.generations(run / "checkpoints")), default=0)
 
 
-def _weights(run: Path) -> dict[str, Any]:
-    return manifests.verify(manifests.generations(run / "checkpoints")[0]).files
+def _weights(run: Path) -> dict[str, str]:
+    newest = manifests.generations(run / "checkpoints")[0]
+    manifests.verify(newest)
+    return contents.digests(newest)
 
 
 def _history(run: Path) -> list[dict[str, Any]]:

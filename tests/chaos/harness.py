@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint import contents
 from trainer.checkpoint import manifest as manifests
 from trainer.files import read_json
 from trainer.guard import faults, heartbeat
@@ -129,9 +130,11 @@ def outcomes(folder: Path) -> list[str]:
     return [read_json(folder / f"logs/{n}/attempt.json")["outcome"] for n in attempts]
 
 
-def weights(folder: Path) -> dict[str, Any]:
-    """Size and SHA-256 of every file of the newest checkpoint, which must verify."""
-    return manifests.verify(manifests.generations(folder / "checkpoints")[0]).files
+def weights(folder: Path) -> dict[str, str]:
+    """Digests of all weights and moments of the newest checkpoint, which must verify."""
+    newest = manifests.generations(folder / "checkpoints")[0]
+    manifests.verify(newest)
+    return contents.digests(newest)
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
