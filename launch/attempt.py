@@ -69,7 +69,9 @@ def close(folder: Path, number: int, asked: bool, began: float, ended: str) -> d
     """
     logs = folder / "logs" / str(number)
     checkpoint = evidence.newest_checkpoint(folder) or 0
-    outcome = evidence.told(logs) or silent(logs, asked, checkpoint, ended)
+    outcome = evidence.told(logs)
+    if outcome is None or (outcome.get("lost_peers") and any(death.signal for death in evidence.deaths(logs))):
+        outcome = silent(logs, asked, checkpoint, ended)  # who was killed says more than who noticed
     record = {
         **outcome, "attempt": number, "checkpoint": checkpoint, "asked": asked,
         "seconds": round(time.time() - began, 1), "ended": ended,

@@ -64,6 +64,9 @@ def place(folder: Path, steps: int) -> Path:
     return folder
 
 
+started: list[subprocess.Popen[str]] = []
+
+
 class Running:
     """`orthogon VERB ...` on the place's runs, in the background."""
 
@@ -71,10 +74,11 @@ class Running:
         self.place, self.name, self.folder = place, name, place / "runs" / name
         target = [str(place / "run.yaml"), f"--name={name}"] if verb == "run" else [name, f"--runs={place}/runs"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", faults_variable(): faults}
-        self.process = subprocess.Popen(
+        self.process: subprocess.Popen[str] = subprocess.Popen(
             [sys.executable, "-m", "launch.cli", verb, *target, *words], cwd=ROOT, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
+        started.append(self.process)
 
     def ends(self, seconds: float) -> tuple[int, str]:
         """The exit code and what was said; nothing of the run may be left alive after it."""
