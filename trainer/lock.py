@@ -124,6 +124,21 @@ class Lock:
             os.close(file)
 
 
+def check_free(folder: Path) -> None:
+    """Nobody writes the run in `folder` now.
+
+    Raises:
+        RunError: somebody does.
+    """
+    owner = Lock.owner(folder)
+    if owner is not None:
+        raise RunError(
+            f"run {folder.name} is being written by {describe(owner)}",
+            where=str(folder / FILE),
+            mend="stop that one, or wait until it ends",
+        )
+
+
 def _try(path: Path, record: dict[str, Any]) -> tuple[Lock | None, dict[str, Any] | None]:
     """One attempt: the lock, or who has it."""
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

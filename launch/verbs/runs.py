@@ -65,9 +65,10 @@ class Resume:
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
-        from trainer import runfolder
+        from trainer import lock, runfolder
 
         folder, config = process.opened(self.run, self.runs, overrides)
+        lock.check_free(folder)
         if overrides:
             runfolder.write_config(folder, config)
         return train(config, folder, self.restarts, self.verify)

@@ -86,6 +86,11 @@ class Running:
         until(lambda: not processes_of(self.folder), 20, lambda: processes_of(self.folder))
         return self.process.returncode, text
 
+    def second(self) -> tuple[int, str]:
+        """The end of a job beside another one of the same run."""
+        text, _ = self.process.communicate(timeout=100)
+        return self.process.returncode, text
+
     def beats(self, attempt: int) -> dict[int, heartbeat.Beat]:
         return heartbeat.read_all(self.folder / f"logs/{attempt}")
 
