@@ -176,16 +176,18 @@ def test_a_duplicate_key_and_broken_yaml_name_their_line(tmp_path: Path) -> None
 def test_typo_exits_78_within_a_second_and_without_torch(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL.replace("tokens_per_step", "tokens_per_stp"))
     code = "import sys; sys.argv = ['orthogon', 'run', sys.argv[1]]\nfrom launch.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-    started = time.monotonic()
-    answer = subprocess.run(
-        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    seconds = time.monotonic() - started
+    seconds = []
+    for _ in range(3):  # the least of three: other work on the machine only ever adds
+        started = time.monotonic()
+        answer = subprocess.run(
+            [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        seconds.append(time.monotonic() - started)
     assert answer.returncode == 78
     assert "did you mean tokens_per_step?" in answer.stderr
     assert f"{path}:9" in answer.stderr
     assert answer.stdout.strip() == "False"
-    assert seconds < 1.0
+    assert min(seconds) < 1.0
 
 
 def test_base_lies_below_the_file_and_the_command_line_above(tmp_path: Path) -> None:
