@@ -25,7 +25,7 @@ quickstart: install  ## pretrain a small Llama on real text, in minutes
 test: install        ## all fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-chaos: install  ## nodes that are killed and cut off, in minutes; needs root for network namespaces
+test-chaos: install  ## ranks, launchers and nodes that are killed, in half an hour; root for network namespaces
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -p no:cacheprovider
 
 lint: install audit  ## style, types, dependencies

@@ -14,7 +14,7 @@ from launch.verbs.options import Json
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Drill this machine: a small run is killed, corrupted and starved at random, and must end as if nothing had been.
+    """Drill this machine: a small run is struck at random and must end as if nothing had been.
 
     `soak` needs two CPU cores and some seconds per fault. It makes its own text and starts only processes of its own.
     """
