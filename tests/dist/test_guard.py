@@ -113,3 +113,18 @@ def test_a_resume_that_is_another_run_is_named_and_refused(group, place) -> None
     for result in group(1, bodies_run.train, str(place / "run.yaml"), ["--name=forged", *SHORT], None, "", True):
         assert "saved by 2 ranks" in result["error"]
     assert train(group, place, "forged", "", 14)[0]["started"] == 13
+
+
+def test_saves_in_the_background_change_nothing_but_the_time(group, place, calm) -> None:  # noqa: F811
+    """One of them fails in its thread: the run goes on, says so at the next border, and the others are there."""
+    fault = "ENOSPC@save.background rank=1 times=1 step={step}"
+    result = train(group, place, "behind", "", None, "--checkpoint.asynchronous=true")[0]
+    assert result["tensors"] == calm["tensors"]
+    assert result["history"] == calm["history"]
+    assert kinds(result).count("saved") == kinds(calm).count("saved") == 5  # of steps 0, 5, 10, 15, 16
+    failed = train(group, place, "behind-full", fault.format(step=16), None, "--checkpoint.asynchronous=true")[0]
+    assert failed["outcome"] == "no space"  # the last one: trained, and not saved
+    assert "the last save failed" in failed["message"]
+    resumed = train(group, place, "behind-full", "", None, "--checkpoint.asynchronous=true")[0]
+    assert (resumed["started"], resumed["outcome"]) == (15, "finished")
+    assert resumed["tensors"] == calm["tensors"]
