@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from trainer import config as configuration
 from trainer import distributed
@@ -52,7 +53,7 @@ def checkpoint(run: Run, *, wait: bool = True) -> RunError | None:
         what = f"step {run.step} is not saved: weights or optimizer state are not finite on {int(sick)} ranks"
         return warn(run, RunError(what, where=str(run.checkpoints), outcome=Outcome.DIVERGED))
     where = (run.checkpoints, run.step, run.position, tensors)
-    more = {
+    more: dict[str, Any] = {
         "config": configuration.resolved(run.config), "state": run.state(),
         "lineage": {**run.lineage(), "run": run.config.name}, "attempt": run.attempt,
     }  # fmt: skip
@@ -62,9 +63,11 @@ def checkpoint(run: Run, *, wait: bool = True) -> RunError | None:
         run.saved_step = run.step
         return settle(run) if wait else None
     try:
-        return kept(run, save(*where, **more))
+        folder = save(*where, **more)
     except RunError as failure:
         return warn(run, failure)
+    kept(run, folder)
+    return None
 
 
 def settle(run: Run) -> RunError | None:
@@ -76,7 +79,9 @@ def settle(run: Run) -> RunError | None:
     except RunError as failure:
         run.saved_step = -1
         return warn(run, failure)
-    return kept(run, folder) if folder is not None else None
+    if folder is not None:
+        kept(run, folder)
+    return None
 
 
 def kept(run: Run, folder: Path) -> None:
