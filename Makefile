@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Which of the chaos tests: e.g. CHAOS='-k killed'
+CHAOS  ?=
 # The first quickstart is called `quickstart`; later ones carry the time, because a run is never written over.
 NAME   ?= $(shell test -e runs/quickstart && date +quickstart-%Y%m%d-%H%M%S || echo quickstart)
 
@@ -26,7 +28,7 @@ test: install        ## all fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-chaos: install  ## ranks, launchers and nodes that are killed, in half an hour; root for network namespaces
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -p no:cacheprovider
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -p no:cacheprovider $(CHAOS)
 
 lint: install audit  ## style, types, dependencies
 	$(BIN)/ruff check .

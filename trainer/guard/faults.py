@@ -3,7 +3,7 @@
     ORTHOGON_FAULTS="kill@save.after_shard rank=1 step=20; sleep=30@step.forward attempt=1; ENOSPC@save.write times=2"
 
 A fault is `KIND@POINT`, with `rank`, `step` and `attempt` where it should not strike on every one, and `times` where it
-should strike more than once in a process. Kinds: `kill` (SIGKILL), `stop` (SIGSTOP), `term`, `usr1`, `int` (that signal to
+should strike more than once in a process. Kinds: `kill` (SIGKILL), `stop` (SIGSTOP), `segv`, `term`, `usr1`, `int` (that signal to
 the process itself), the name of an errno (`ENOSPC`, `EDQUOT`, `EIO`, `EROFS`: raised as OSError), `error` (a plain
 RuntimeError, as a bug raises it), `sleep=SECONDS`, and for points that guard a number `nan`, `inf` and `scale=FACTOR`.
 Without the variable a point costs one comparison.
@@ -33,6 +33,7 @@ POINTS = (
 
 SIGNALS = {
     "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT,
+    "segv": signal.SIGSEGV,
 }  # fmt: skip
 WHERE = ("rank", "step", "attempt")
 
