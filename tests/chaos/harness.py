@@ -11,57 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch import drill
 from trainer.checkpoint import contents
 from trainer.checkpoint import manifest as manifests
 from trainer.files import read_json
-from trainer.guard import faults, heartbeat
+from trainer.guard import heartbeat
+from trainer.guard.faults import VARIABLE
 from trainer.metrics.history import lasting
 
 ROOT = Path(__file__).parents[2]
-CONFIG = """\
-name: x
-runs: {folder}/runs
-model:
-  config: {{model_type: llama, hidden_size: 24, intermediate_size: 40, num_hidden_layers: 2, num_attention_heads: 3,
-           num_key_value_heads: 3}}
-data: {{path: "{folder}/corpus.txt", folder: "{folder}/prepared", documents: paragraph, validation_fraction: 0.2,
-        tokenizer: {{vocab_size: 301}}, sequence_length: 16}}
-train: {{length: {steps} steps, tokens_per_step: 128, micro_batch_size: 2}}
-optim: {{name: normuon, lr: 0.01, polar_dtype: fp32}}
-parallel: {{name: fsdp2}}
-checkpoint: {{every: 2 steps, keep: 2}}
-evaluate: {{every: 7 steps}}
-guard: {{spike_threshold: null}}
-resources: {{device: cpu, ranks: 2}}
-finish: {{export: false}}
-"""
+SETTINGS = ("--evaluate.every=7 steps", "--checkpoint.keep=2")
 
 
 def place(folder: Path, steps: int) -> Path:
-    """A corpus and a configuration in a folder, which is returned."""
-    words = [
-        "the",
-        "of",
-        "sea",
-        "light",
-        "runs",
-        "over",
-        "under",
-        "seven",
-        "stones",
-        "while",
-        "green",
-        "birds",
-        "sing",
-        "and",
-        "nobody",
-        "hears",
-        "it",
-    ]
-    lines = [" ".join(words[(i * j + j) % len(words)] for j in range(1, 12)) + f" {i}." for i in range(40)]
-    (folder / "corpus.txt").write_text("\n\n".join(lines))
-    (folder / "run.yaml").write_text(CONFIG.format(folder=folder, steps=steps))
-    return folder
+    """The corpus and the configuration of the drill in a new folder, which is returned; a save after every second step."""
+    drill.prepare(folder / "drill", steps)
+    return folder / "drill"
 
 
 started: list[subprocess.Popen[str]] = []
@@ -72,8 +37,10 @@ class Running:
 
     def __init__(self, place: Path, name: str, *words: str, verb: str = "run", faults: str = "") -> None:
         self.place, self.name, self.folder = place, name, place / "runs" / name
-        target = [str(place / "run.yaml"), f"--name={name}"] if verb == "run" else [name, f"--runs={place}/runs"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", faults_variable(): faults}
+        target = (
+            [str(place / "run.yaml"), f"--name={name}", *SETTINGS] if verb == "run" else [name, f"--runs={place}/runs"]
+        )
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", VARIABLE: faults}
         self.process: subprocess.Popen[str] = subprocess.Popen(
             [sys.executable, "-m", "launch.cli", verb, *target, *words], cwd=ROOT, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -105,10 +72,6 @@ class Running:
 
     def outcomes(self) -> list[str]:
         return outcomes(self.folder)
-
-
-def faults_variable() -> str:
-    return faults.VARIABLE
 
 
 def until(what: Callable[[], object], seconds: float, hint: Callable[[], object] = str) -> None:
