@@ -129,8 +129,9 @@ def loss_and_gradients(accumulation: int, sequences: int, options: Any = None) -
         loss_sum, count = loss_sum + float(loss), count + token_count(targets)
     parameters = list(model.parameters())
     verdict = agree(
-        strategy.gradients(parameters), loss_sum, count, expected, signal=False, timeout=False, save_due=False, rejected=0, device=torch.device("cpu")
-    )
+        strategy.gradients(parameters), loss_sum, count, expected, signal=False, timeout=False, save_due=False, saved=False,
+        rejected=0, device=torch.device("cpu"),
+    )  # fmt: skip
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return verdict.loss, verdict.gradient_norm, gradients
 
@@ -146,10 +147,19 @@ def verdicts() -> list[tuple[bool, str, bool]]:
     ):  # fmt: skip
         verdict = agree(
             [], loss if last else 1.0, 8, 8, signal=signal and last, timeout=timeout and last, save_due=save and last,
-            rejected=0, device=device,
+            saved=False, rejected=0, device=device,
         )  # fmt: skip
         seen.append((verdict.finite, verdict.stop, verdict.save_due))
     return seen
+
+
+def complete() -> list[bool]:
+    """Whether a save behind the run's back counts as complete when one rank has written its part, and when all have."""
+    device, last = torch.device("cpu"), dist.get_rank() == dist.get_world_size() - 1
+    return [
+        agree([], 1.0, 8, 8, signal=False, timeout=False, save_due=False, saved=mine, rejected=0, device=device).saved
+        for mine in (last, not last, True)
+    ]
 
 
 def sharded(tensor: torch.Tensor) -> DTensor:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.dist import bodies_run, bodies_strategies, strategies
 from tests.dist.strategies import STRATEGIES, ZERO
-from tests.dist.test_run import place, resumed  # noqa: F401  (place is a fixture)
+from tests.dist.test_run import NAN, place, resumed  # noqa: F401  (place is a fixture)
 
 pytestmark = pytest.mark.skipif(strategies.ABSENT, reason=strategies.REASON)
 
@@ -85,7 +85,7 @@ def test_a_nan_on_one_rank_is_applied_by_none(group, place, stage) -> None:  # n
         str(place / "run.yaml"),
         [f"--name={name}", *SHORT, ZERO[f"deepspeed, stage: {stage}"][1]],
         6,
-        4,
+        NAN.format(step=4),
     )
     assert [r["skipped"] for r in results] == [[[24, 8]]] * 2
     assert results[0]["history"][4]["loss"] is not None  # and the step after it is sound

@@ -65,6 +65,10 @@ def test_what_one_rank_sees_all_ranks_act_on(group) -> None:
     assert group(3, bodies.verdicts) == [expected] * 3
 
 
+def test_a_save_is_complete_when_it_is_on_all_ranks(group) -> None:
+    assert group(3, bodies.complete) == [[False, False, True]] * 3
+
+
 def test_an_error_of_one_rank_is_raised_on_all(group) -> None:
     assert group(3, bodies.decide_together) == [("last", "first")] * 3
 
