@@ -149,7 +149,7 @@ def save_on_small_disk(text: str) -> tuple[tuple[str, str, str], list[str]]:
 
 
 def choose(text: str, good: bool = False) -> str | None:
-    found = newest_verified(Path(text), good)
+    found = newest_verified(Path(text), good=good)
     return found[0].name if found else None
 
 

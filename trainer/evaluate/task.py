@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer import assembly, distributed, setup
+from trainer import assembly, distributed, restore, setup
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.export import exported_model
 from trainer.checkpoint.load import load
@@ -63,7 +63,7 @@ def evaluate(
     initialize(model, config.seed, strategy.initial_device, weights=False)
     if export is None:
         path, manifest = distributed.on_rank_zero(lambda: manifests.pick(folder, step))
-        distributed.together(lambda: setup.check_data(manifest, opened.identity()))
+        distributed.together(lambda: restore.check_data(manifest, opened.identity()))
         load(path, manifest, model_tensors(model), prefix="model.")
         source = {"checkpoint": path.name, "step": manifest.step, "sequences_trained_on": manifest.position}
     else:
