@@ -13,6 +13,11 @@ from typing import Any
 VERBS = {
     "run": "runs:Run",
     "resume": "runs:Resume",
+    "submit": "submit:Submit",
+    "list": "listing:List",
+    "status": "watch:Status",
+    "logs": "watch:Logs",
+    "cancel": "watch:Cancel",
     "node": "node:Node",
     "report": "report:Report",
     "branch": "branch:Branch",
