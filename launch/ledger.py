@@ -38,6 +38,10 @@ create table if not exists attempts (
     checkpoint integer, primary key (folder, number)
 );
 """
+COLUMNS = (
+    "folder", "name", "created", "backend", "state", "note", "step", "steps", "loss", "tokens_per_second", "attempts",
+    "updated", "stamp", *standing.LINEAGE,
+)  # fmt: skip
 
 
 def home() -> Path:
@@ -84,13 +88,9 @@ def remember(folder: Path, *, found: Standing | None = None) -> None:
 def put(connection: sqlite3.Connection, found: Iterable[Standing]) -> None:
     """Write runs and their attempts, in place of what was known."""
     found = list(found)
-    columns = (
-        "folder", "name", "created", "backend", "state", "note", "step", "steps", "loss", "tokens_per_second", "attempts",
-        "updated", "stamp", "resumed_from", "branched_from", "member_of", "distilled_from",
-    )  # fmt: skip
-    marks = ", ".join(f":{name}" for name in columns)
+    marks = ", ".join(f":{name}" for name in COLUMNS)
     rows = [{**vars(one), **one.lineage, "updated": time.time()} for one in found]
-    connection.executemany(f"insert or replace into runs ({', '.join(columns)}) values ({marks})", rows)
+    connection.executemany(f"insert or replace into runs ({', '.join(COLUMNS)}) values ({marks})", rows)
     for one in found:
         connection.executemany(
             "insert or replace into attempts values (:folder, :number, :outcome, :message, :ended, :seconds, :step, :checkpoint)",
@@ -158,16 +158,16 @@ def _columns(row: Mapping[str, Any], one: Standing) -> dict[str, Any]:
 
 def _sound(folder: Path) -> sqlite3.Connection:
     """A connection to a ledger that can be read; checked under a lock, so that only one process moves a bad one aside."""
-    with suppress(sqlite3.DatabaseError, _Newer):
+    with suppress(sqlite3.DatabaseError, _Unusable):
         return _connect(folder / FILE)
     with open(folder / LOCK, "a", encoding="utf-8") as lock:
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             return _connect(folder / FILE)
-        except sqlite3.OperationalError:  # busy, full, not readable: nothing is wrong with what is in it
-            raise
-        except (sqlite3.DatabaseError, _Newer) as error:
+        except (sqlite3.DatabaseError, _Unusable) as error:
+            if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode != sqlite3.SQLITE_ERROR:
+                raise  # busy, full, not readable: nothing is wrong with what is in it
             aside = _move_aside(folder)
             print(f"note: the ledger was unusable ({error}); it is kept as {aside} and made again", file=sys.stderr)
         connection = _connect(folder / FILE)
@@ -182,22 +182,25 @@ def _connect(path: Path) -> sqlite3.Connection:
     try:
         version = connection.execute("pragma user_version").fetchone()[0]
         if version > VERSION:
-            raise _Newer(f"it is of version {version}, this program's is {VERSION}")
+            raise _Unusable(f"it is of version {version}, this program's is {VERSION}")
         if version < VERSION:
             connection.execute("begin immediate")
             for statement in SCHEMA.split(";"):
                 connection.execute(statement)
             connection.execute(f"pragma user_version = {VERSION}")
             connection.execute("commit")
-        connection.execute("select count(*) from runs, (select folder from runs limit 0)").fetchone()
+        connection.execute(f"select {', '.join(COLUMNS)} from runs limit 0").fetchone()
+        sound = connection.execute("pragma quick_check(1)").fetchone()[0]
+        if sound != "ok":
+            raise _Unusable(sound)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-class _Newer(Exception):
-    """The ledger was written by a newer version of this program."""
+class _Unusable(Exception):
+    """The ledger is damaged, or was written by a newer version of this program."""
 
 
 def _move_aside(folder: Path) -> str:
