@@ -14,6 +14,7 @@ VERBS = {
     "run": "runs:Run",
     "resume": "runs:Resume",
     "submit": "submit:Submit",
+    "pipeline": "pipeline:Pipeline",
     "list": "listing:List",
     "status": "watch:Status",
     "logs": "watch:Logs",
