@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from tyro.conf import Positional, arg
 
-from launch import handles, ledger, process
+from launch import process
 from launch.retry import RESTARTS
 from launch.verbs.options import Cluster, On, Restarts, RunName, Runs
 from trainer.outcome import Outcome, RunError
@@ -45,6 +45,9 @@ class Run:
             return 0
         folder = runfolder.create(config, runfolder.command_line())
         if self.make_only:
+            from launch import ledger
+
+            ledger.remember(folder)
             print(f"made {folder}")
             return 0
         return train(config, folder, self.restarts)
@@ -68,6 +71,7 @@ class Resume:
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
+        from launch import handles
         from trainer import runfolder
 
         if self.on is not None:
@@ -80,6 +84,7 @@ class Resume:
 
     def _give(self, on: str, given: list[str]) -> int:
         """Resume through a backend."""
+        from launch import handles
         from launch.choices import choose
         from launch.verbs.submit import started
         from trainer import runfolder
@@ -98,6 +103,7 @@ class Resume:
 
 def train(config: Any, folder: Path, restarts: int, verify: bool = False) -> int:
     """Attempts in the foreground, and what follows the last; the ledger knows of them."""
+    from launch import handles, ledger
     from launch.supervisor import supervise
 
     def work() -> int:
