@@ -115,6 +115,9 @@ def cancel(folder: Path, handle: dict[str, Any], now: bool) -> str:
         for one in [*children.descendants(pid), pid]:
             with suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
+        until = time.monotonic() + children.UNKILLABLE_SECONDS
+        while _lives(handle) and time.monotonic() < until:  # a busy machine takes its time
+            time.sleep(0.01)
         _record_kill(folder, handle, "cancelled at once")
     return f"killed run {folder.name} (pid {pid}) with all its ranks; steps since the newest checkpoint are lost"
 
