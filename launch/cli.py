@@ -68,6 +68,10 @@ def overview(arguments: list[str]) -> int:
 
 
 def _parse(name: str, arguments: list[str]) -> tuple[Any, list[str]]:
+    quick = getattr(find(name), "quick", None)
+    verb = quick(arguments) if quick is not None else None
+    if verb is not None:
+        return verb, []
     import tyro
 
     try:

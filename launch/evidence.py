@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -46,6 +47,21 @@ def attempts(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in logs.iterdir() if path.name.isdigit()) if logs.is_dir() else []
 
 
+def newest_attempt(folder: Path) -> int:
+    """The number of the newest attempt; 0 without one."""
+    return max(attempts(folder), default=0)
+
+
+def logs_of(folder: Path, number: int | None = None) -> list[Path]:
+    """The logs of an attempt, the newest if none is given: those of the ranks first, then those of torchrun."""
+    known = attempts(folder)
+    if not known:
+        return []
+    logs = folder / "logs" / str(known[-1] if number is None else number)
+    ranks = [path for path in logs.glob("rank-*.log") if path.stem.removeprefix("rank-").isdigit()]
+    return [*sorted(ranks, key=lambda path: int(path.stem[5:])), *sorted(logs.glob("torchrun*.log"))]
+
+
 def told(logs: Path) -> dict[str, Any] | None:
     """The outcome that a rank wrote, if one did."""
     return read_outcome(logs) if "outcome.json" in os.listdir(logs) else None  # listed: not from a cache of names
@@ -58,6 +74,25 @@ def record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def last_records(path: Path, having: str = "", count: int | None = None) -> list[dict[str, Any]]:
+    """The last JSON objects in a file of lines whose text has `having` in it, oldest first; torn lines are left out.
+
+    Only the end of the file is looked at, and only as many lines are parsed as are asked for.
+    """
+    found: list[dict[str, Any]] = []
+    for line in reversed(_tail(path).splitlines()):
+        if count is not None and len(found) >= count:
+            break
+        if having in line:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                found.append(value)
+    return found[::-1]
 
 
 def hangs(logs: Path) -> dict[int, dict[str, Any]]:

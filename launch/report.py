@@ -50,7 +50,7 @@ def report(folder: Path, runs: Path, number: int | None = None, now: float | Non
         "step": step,
         "checkpoint": manifests.name(newest) if newest is not None else None,
         "lost_steps": max(0, step - (newest or 0)),
-        "ranks": [_rank(rank, beat, now) for rank, beat in beats.items()],
+        "ranks": [rank_facts(rank, beat, now) for rank, beat in beats.items()],
         "evidence": shown(logs, outcome, first, hangs, deaths),
         "attempts": [_row(folder, one, now) for one in known],
         "next": None if running else go_on(outcome, process.reference(folder.name, runs), logs),
@@ -138,7 +138,8 @@ def _phase(beats: dict[int, Beat], first: Culprit) -> str:
     return f"{beat.phase}, after step {beat.step}" if beat else "unknown"
 
 
-def _rank(rank: int, beat: Beat, now: float) -> dict[str, Any]:
+def rank_facts(rank: int, beat: Beat, now: float) -> dict[str, Any]:
+    """What a rank does, as JSON values."""
     return {
         "rank": rank, "host": beat.host, "phase": beat.phase, "step": beat.step, "signal": beat.signal,
         "phase_seconds": round(max(0.0, now - beat.since), 1), "silent_seconds": round(max(0.0, now - beat.alive), 1),

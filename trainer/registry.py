@@ -11,12 +11,14 @@ import re
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
 
-# How every section of the configuration is checked: no unknown key, no guessing between types.
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=True)
+# How every section of the configuration is checked: no unknown key, no guessing between types. A plain mapping: pydantic
+# takes 0.1 s to load, and not everything that is listed here needs it.
+STRICT: ConfigDict = {"extra": "forbid", "use_attribute_docstrings": True, "strict": True}
 
 
 class _Lazy(ModuleType):
@@ -34,10 +36,15 @@ def lazy(name: str) -> Any:
 
 
 @cache
-def alternatives(package: str) -> dict[str, ModuleType]:
-    """The modules of `package` that define `class Options`, by name."""
+def names(package: str) -> list[str]:
+    """The names of the alternatives in `package`; none of them is imported."""
     spec = importlib.util.find_spec(package)
     assert spec is not None, package
     files = sorted(Path((spec.submodule_search_locations or [])[0]).glob("*.py"))
-    names = [file.stem for file in files if re.search(r"^class Options\b", file.read_text(encoding="utf-8"), re.M)]
-    return {name: importlib.import_module(f"{package}.{name}") for name in names}
+    return [file.stem for file in files if re.search(r"^class Options\b", file.read_text(encoding="utf-8"), re.M)]
+
+
+@cache
+def alternatives(package: str) -> dict[str, ModuleType]:
+    """The modules of `package` that define `class Options`, by name."""
+    return {name: importlib.import_module(f"{package}.{name}") for name in names(package)}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -52,10 +53,8 @@ def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None
             f"the run folder cannot be made: {error.strerror}",
             where=str(folder),
             mend="choose another with --runs=FOLDER",
+            outcome=Outcome.NO_SPACE if no_space(error) else Outcome.BAD_CONFIGURATION,
         ) from None
-    for name in ("logs", "checkpoints", "figures"):
-        (folder / name).mkdir()
-    write_config(folder, config)
     record = {
         "name": config.name,
         "created": time.time(),
@@ -66,8 +65,25 @@ def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None
         "versions": versions(),
         "lineage": lineage or {},
     }
-    write_json(folder / "run.json", record)
+    try:
+        for name in ("logs", "checkpoints", "figures"):
+            (folder / name).mkdir()
+        write_json(folder / "run.json", record)
+        write_config(folder, config)  # last: it is what makes a folder a run
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RunError(
+            f"the run folder cannot be written: {error.strerror}",
+            where=str(folder),
+            mend="make room, or choose another with --runs=FOLDER",
+            outcome=Outcome.of_errno(error.errno),
+        ) from None
     return folder
+
+
+def no_space(error: OSError) -> bool:
+    """Whether a disk or a quota is full."""
+    return Outcome.of_errno(error.errno) is Outcome.NO_SPACE
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

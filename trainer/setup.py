@@ -170,6 +170,7 @@ def begin_where_it_was(run: Run) -> None:
     if distributed.rank() == 0:
         run.history = open_history(run)
         record_data(run.folder, run.data)
+    run.event("planned", attempt=run.attempt, steps=run.derived.steps, ranks=distributed.world())
     describe(run)
 
 

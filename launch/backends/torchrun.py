@@ -1,4 +1,8 @@
-"""torchrun on this machine: its command lines, and tasks that it runs on several ranks."""
+"""torchrun on this machine: runs in the background, its command lines, and tasks that it runs on several ranks.
+
+A run in the background is `orthogon resume` in a session of its own, which the end of a terminal does not reach: it makes
+attempts as `launch/retry.py` says. What it prints, rank 0's progress too, goes to `logs/launcher.log`.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,160 @@ import json
 import math
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import process
-from trainer.outcome import Outcome, read_outcome
+from launch import attempt, children, evidence, handles, process
+from launch.retry import RESTARTS
+from trainer import lock
+from trainer.files import write_json
+from trainer.outcome import Outcome, RunError, read_outcome
+from trainer.registry import STRICT
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
 
+LOG = "launcher.log"
+EARLY_SECONDS = 5.0
+"""In which a supervisor that was just started catches signals, or has died of one."""
 MORE_SECONDS = 30
 """What torchrun waits for its ranks beyond the time in which they promise to answer a signal."""
 NODE = ("--standalone", "--nnodes=1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What can be said about a run in the background of this machine."""
+
+    __pydantic_config__ = STRICT
+    restarts: int = RESTARTS
+    """Restarts in a row that may pass without a newer checkpoint; 0 makes one attempt only."""
+
+
+def submit(
+    config: RunConfig, folder: Path, options: Options, *, resume: bool, after: list[str] | None = None
+) -> dict[str, Any]:
+    """Start the supervisor of a run in the background; the handle is what tells its process from all others.
+
+    Raises:
+        RunError: the run should wait for others (`launch/pipeline.py` does that here), or the log cannot be written.
+    """
+    if after:
+        raise RunError(
+            "torchrun on this machine cannot wait for other runs",
+            where="command line, --after",
+            mend="start it when they are finished, or let a pipeline do it",
+        )
+    try:
+        with open(folder / "logs" / LOG, "a", encoding="utf-8") as log:
+            child = subprocess.Popen(
+                _line(folder, options), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=process.environment(PYTHONUNBUFFERED="1", **{handles.SUBMITTED: "1"}),
+            )  # fmt: skip
+    except OSError as error:
+        raise RunError(
+            f"the run cannot be started: {error.strerror}",
+            where=str(folder / "logs"),
+            mend="make room, or make it writable",
+            outcome=Outcome.of_errno(error.errno),
+        ) from None
+    return handles.identity(child.pid)
+
+
+def state(folder: Path, handle: dict[str, Any]) -> tuple[str, str]:
+    """Whether the supervisor lives; asked on another host, that cannot be told."""
+    who = f"pid {handle.get('pid')} on {handle.get('host')}"
+    if handle.get("host") != socket.gethostname():
+        return "unknown", f"its launcher, {who}, cannot be seen from here"
+    if _lives(handle):
+        return "running", f"its launcher is {who}"
+    word = handles.last_word(folder, handle)
+    if word is not None:
+        return "ended", str(word["message"] or f"its launcher ended with exit code {word['exit_code']}")
+    said = evidence.last_lines(folder / "logs" / LOG, 1)
+    return "vanished", f"its launcher, {who}, is gone without a word" + (f"; it said last: {said[0]}" if said else "")
+
+
+def logs(folder: Path, handle: dict[str, Any]) -> list[Path]:
+    """The logs of the ranks, of torchrun and of the launcher."""
+    return [*evidence.logs_of(folder), *filter(Path.exists, [folder / "logs" / LOG])]
+
+
+def cancel(folder: Path, handle: dict[str, Any], now: bool) -> str:
+    """Ask the supervisor to let the ranks save and end; or kill it with all below it, and put that on record."""
+    word, detail = state(folder, handle)
+    if word == "unknown":
+        raise RunError(detail, where=str(folder / handles.FILE), mend=f"cancel it on {handle.get('host')}")
+    pid = int(handle.get("pid", 0))
+    with suppress(ProcessLookupError):
+        if word != "running":
+            return f"run {folder.name} is not running: {detail}"
+        if not now:
+            os.kill(pid, signal.SIGTERM)
+            _note_early_end(folder, handle)
+            return f"asked run {folder.name} (pid {pid}) to save and end"
+        os.kill(pid, signal.SIGSTOP)  # it would start the next attempt
+        for one in [*children.descendants(pid), pid]:
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+        until = time.monotonic() + children.UNKILLABLE_SECONDS
+        while _lives(handle) and time.monotonic() < until:  # a busy machine takes its time
+            time.sleep(0.01)
+        _record_kill(folder, handle, "cancelled at once")
+    return f"killed run {folder.name} (pid {pid}) with all its ranks; steps since the newest checkpoint are lost"
+
+
+def describe(config: RunConfig, folder: Path, options: Options) -> str:
+    """The command of the supervisor, and the one that it starts for each attempt."""
+    first = attempt_command(config, folder, 1)
+    return f"in the background: {' '.join(_line(folder, options))}\neach attempt: {' '.join(first)}"
+
+
+def _line(folder: Path, options: Options) -> list[str]:
+    return [
+        sys.executable, "-m", "launch.cli", "resume", folder.name, f"--runs={folder.parent}", f"--restarts={options.restarts}",
+    ]  # fmt: skip
+
+
+def _lives(handle: dict[str, Any]) -> bool:
+    try:
+        return lock.start_of(int(handle["pid"])) == int(handle["started"])
+    except (ProcessLookupError, KeyError, ValueError):
+        return False
+    except PermissionError:  # of another user
+        return True
+
+
+def _note_early_end(folder: Path, handle: dict[str, Any]) -> None:
+    """A supervisor that is too young to catch the signal dies of it; nothing is lost then, and somebody has to say so."""
+    until = time.monotonic() + EARLY_SECONDS
+    while time.monotonic() < until and evidence.newest_attempt(folder) <= handle.get("attempts", 0):
+        if not _lives(handle):
+            if handles.last_word(folder, handle) is None:
+                _record_kill(folder, handle, "cancelled before its first attempt")
+            return
+        time.sleep(0.05)
+
+
+def _record_kill(folder: Path, handle: dict[str, Any], why: str) -> None:
+    """What the supervisor would have written."""
+    number = evidence.newest_attempt(folder)
+    logs = folder / "logs" / str(number)
+    with suppress(OSError):
+        if number > handle.get("attempts", 0) and evidence.record(logs / attempt.FILE) is None:
+            attempt.close(folder, number, True, logs.stat().st_ctime, why)
+        same = {key: handle[key] for key in ("pid", "started", "host")}
+        end = {"exit_code": Outcome.INFRASTRUCTURE.code, "message": why, "time": time.time()}
+        write_json(folder / "logs" / handles.LAST_WORD, same | end)
 
 
 def ranks(config: RunConfig) -> int:
@@ -35,9 +177,9 @@ def ranks(config: RunConfig) -> int:
     return max(1, count)
 
 
-def attempt_command(config: RunConfig, folder: Path, attempt: int, node: tuple[str, ...] = NODE) -> list[str]:
+def attempt_command(config: RunConfig, folder: Path, number: int, node: tuple[str, ...] = NODE) -> list[str]:
     """The torchrun command of an attempt; `node` tells where the ranks of all nodes meet."""
-    return command(config, "train", str(folder), f"--attempt={attempt}", node=node)
+    return command(config, "train", str(folder), f"--attempt={number}", node=node)
 
 
 def command(config: RunConfig, *task: str, node: tuple[str, ...] = NODE) -> list[str]:

@@ -13,6 +13,12 @@ from typing import Any
 VERBS = {
     "run": "runs:Run",
     "resume": "runs:Resume",
+    "submit": "submit:Submit",
+    "pipeline": "pipeline:Pipeline",
+    "list": "listing:List",
+    "status": "watch:Status",
+    "logs": "watch:Logs",
+    "cancel": "watch:Cancel",
     "node": "node:Node",
     "report": "report:Report",
     "branch": "branch:Branch",

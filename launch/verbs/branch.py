@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import arg
 
-from launch import process
+from launch import ledger, process
 from launch.verbs.options import RunName, Runs
 from trainer import runfolder
 from trainer.checkpoint import manifest as manifests
@@ -52,6 +52,7 @@ class Branch:
         except BaseException:
             shutil.rmtree(folder)
             raise
+        ledger.remember(folder)
         print(f"run {new.name} starts from {checkpoint.name} of {source.name} ({how}) and trains to step {steps}")
         for key, (before, after) in configuration.changes(
             configuration.resolved(old), configuration.resolved(new)

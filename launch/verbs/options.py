@@ -17,6 +17,10 @@ Export = Annotated[Path | None, arg(help="Take the weights of this export instea
 Restarts = Annotated[
     int, arg(help="Restarts in a row that may pass without a newer checkpoint; 0 makes one attempt only.")
 ]
+On = Annotated[str, arg(metavar="BACKEND", help="Where it runs: torchrun (this machine) or another backend.")]
+Cluster = Annotated[
+    Path | None, arg(metavar="FILE", help="A YAML file with options of the backend, e.g. of configs/clusters/.")
+]
 Json = Annotated[bool, arg(help="Print JSON, for programs.")]
 
 

@@ -10,8 +10,8 @@ from tyro.conf import Positional, arg
 
 from launch import process
 from launch.retry import RESTARTS
-from launch.verbs.options import Restarts, RunName, Runs
-from trainer.outcome import Outcome
+from launch.verbs.options import Cluster, On, Restarts, RunName, Runs
+from trainer.outcome import Outcome, RunError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,9 @@ class Run:
             return 0
         folder = runfolder.create(config, runfolder.command_line())
         if self.make_only:
+            from launch import ledger
+
+            ledger.remember(folder)
             print(f"made {folder}")
             return 0
         return train(config, folder, self.restarts)
@@ -54,7 +57,8 @@ class Run:
 class Resume:
     """Go on with a run from its newest checkpoint that verifies.
 
-    `--section.key=value` overrides what a resume may change.
+    `--section.key=value` overrides what a resume may change. With `--on` it goes on in the background or in a queue, as
+    `orthogon submit` starts one.
     """
 
     OVERRIDES: ClassVar[bool] = True
@@ -62,23 +66,54 @@ class Resume:
     verify: bool = False
     """First train the last recorded steps again and compare them bit for bit, on the number of ranks that saved."""
     restarts: Restarts = RESTARTS
+    on: On | None = None
+    cluster: Cluster = None
     runs: Runs = Path("runs")
 
     def __call__(self, overrides: list[str]) -> int:
-        from trainer import lock, runfolder
+        from launch import handles
+        from trainer import runfolder
 
+        if self.on is not None:
+            return self._give(self.on, overrides)
         folder, config = process.opened(self.run, self.runs, overrides)
-        lock.check_free(folder)
+        handles.check_free(folder, handles.identity())
         if overrides:
             runfolder.write_config(folder, config)
         return train(config, folder, self.restarts, self.verify)
 
+    def _give(self, on: str, given: list[str]) -> int:
+        """Resume through a backend."""
+        from launch import handles
+        from launch.choices import choose
+        from launch.verbs.submit import started
+        from trainer import runfolder
+
+        if self.verify:
+            raise RunError("--verify works in the foreground", where="command line", mend="leave out --on")
+        restarts = [f"--restarts={self.restarts}"] if on == "torchrun" else []
+        options, overrides = choose(on, self.cluster, [*restarts, *given])
+        folder, config = process.opened(self.run, self.runs, overrides)
+        handles.check_free(folder)
+        if overrides:
+            runfolder.write_config(folder, config)
+        started(config, folder, on, options, resume=True)
+        return 0
+
 
 def train(config: Any, folder: Path, restarts: int, verify: bool = False) -> int:
-    """Attempts in the foreground, and what follows the last."""
+    """Attempts in the foreground, and what follows the last; the ledger knows of them."""
+    from launch import handles, ledger
     from launch.supervisor import supervise
 
-    return told(config, folder, supervise(config, folder, restarts, verify))
+    def work() -> int:
+        ledger.remember(folder)
+        return told(config, folder, supervise(config, folder, restarts, verify))
+
+    try:
+        return handles.supervised(folder, work)
+    finally:
+        ledger.remember(folder)
 
 
 def told(config: Any, folder: Path, outcome: dict[str, Any]) -> int:
