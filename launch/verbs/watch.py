@@ -19,7 +19,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Tell how a run stands: state, phase of each rank, progress, time left, checkpoint, attempts, why it waits.
+    """Tell how a run stands: state and why, phase of each rank, progress, time left, checkpoint, attempts.
 
     For why it stopped, in detail, see `orthogon report`.
     """
