@@ -43,7 +43,7 @@ class Status:
 
 @dataclass(frozen=True, kw_only=True)
 class Logs:
-    """Print what a run writes: the last lines of all its ranks and its launcher, each with its name before it."""
+    """Print the last lines of all ranks of a run and of its launcher, each with its name before it."""
 
     OVERRIDES: ClassVar[bool] = False
     run: RunName
