@@ -124,6 +124,12 @@ def _lines(path: Path | None) -> list[str]:
         raise RunError(f"the prompts cannot be read: {error}", where=str(path), mend="check the file") from None
 
 
+def shapes(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer.model.footprint import footprint
+
+    write_json(arguments.answer / "answer.json", footprint(configuration.load(arguments.target)))
+
+
 def finish(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.finish import finish as finished
 
@@ -164,6 +170,10 @@ def _harness_options(parser: ArgumentParser) -> None:
     parser.add_argument("--answer", type=Path, required=True)
 
 
+def _answer_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--answer", type=Path, required=True)
+
+
 def _generate_options(parser: ArgumentParser) -> None:
     _weights_options(parser)
     parser.add_argument("--prompt", action="append", default=[])
@@ -185,6 +195,7 @@ TASKS: dict[str, Task] = {
     "evaluate": Task("validation loss and multiple choice, on every rank", evaluate, _evaluate_options, overrides=True),
     "harness": Task("tasks of lm-eval on an export", harness, _harness_options),
     "generate": Task("continue prompts", generate, _generate_options),
+    "shapes": Task("shapes of parameters and state, bytes of activations", shapes, _answer_options),
     "finish": Task("verify, export, figure, sample", finish),
 }
 

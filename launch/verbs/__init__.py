@@ -14,6 +14,7 @@ VERBS = {
     "run": "runs:Run",
     "resume": "runs:Resume",
     "node": "node:Node",
+    "plan": "plan:Plan",
     "report": "report:Report",
     "branch": "branch:Branch",
     "diff": "diff:Diff",
