@@ -130,6 +130,20 @@ def shapes(arguments: Namespace, overrides: list[str]) -> None:
     write_json(arguments.answer / "answer.json", footprint(configuration.load(arguments.target)))
 
 
+def probe(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer import distributed
+    from trainer import probe as probes
+
+    kind, _, device = str(arguments.target).rpartition("-")
+    if not kind:
+        write_json(arguments.answer / "answer.json", probes.device_facts())
+        return
+    fact = probes.all_reduce(distributed.start(configuration.ResourcesConfig(device=device)))  # type: ignore[arg-type]
+    distributed.stop()
+    if fact["rank"] == 0:
+        write_json(arguments.answer / "answer.json", fact)
+
+
 def finish(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.finish import finish as finished
 
@@ -196,13 +210,14 @@ TASKS: dict[str, Task] = {
     "harness": Task("tasks of lm-eval on an export", harness, _harness_options),
     "generate": Task("continue prompts", generate, _generate_options),
     "shapes": Task("shapes of parameters and state, bytes of activations", shapes, _answer_options),
+    "probe": Task("what torch sees of this machine; `all-reduce-DEVICE` on every rank", probe, _answer_options),
     "finish": Task("verify, export, figure, sample", finish),
 }
 
 
 def run(name: str, arguments: Namespace, overrides: list[str]) -> Any:
     """Do a task."""
-    if name != "prepare":
+    if name not in ("prepare", "probe"):
         from transformers.utils import logging
 
         logging.disable_progress_bar()
