@@ -20,7 +20,7 @@ from trainer.config_data import DataConfig as DataConfig
 from trainer.config_data import SourceConfig as SourceConfig
 from trainer.config_data import TokenizerConfig as TokenizerConfig
 from trainer.config_data import check_data
-from trainer.guard.options import GuardConfig
+from trainer.guard.options import GuardConfig as GuardConfig
 from trainer.metrics.options import MetricsConfig
 from trainer.model import library
 from trainer.outcome import RunError

@@ -124,6 +124,26 @@ def _lines(path: Path | None) -> list[str]:
         raise RunError(f"the prompts cannot be read: {error}", where=str(path), mend="check the file") from None
 
 
+def shapes(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer.model.footprint import footprint
+
+    write_json(arguments.answer / "answer.json", footprint(configuration.load(arguments.target)))
+
+
+def probe(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer import distributed
+    from trainer import probe as probes
+
+    kind, _, device = str(arguments.target).rpartition("-")
+    if not kind:
+        write_json(arguments.answer / "answer.json", probes.device_facts())
+        return
+    fact = probes.all_reduce(distributed.start(configuration.ResourcesConfig(device=device)))  # type: ignore[arg-type]
+    distributed.stop()
+    if fact["rank"] == 0:
+        write_json(arguments.answer / "answer.json", fact)
+
+
 def finish(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.finish import finish as finished
 
@@ -164,6 +184,10 @@ def _harness_options(parser: ArgumentParser) -> None:
     parser.add_argument("--answer", type=Path, required=True)
 
 
+def _answer_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--answer", type=Path, required=True)
+
+
 def _generate_options(parser: ArgumentParser) -> None:
     _weights_options(parser)
     parser.add_argument("--prompt", action="append", default=[])
@@ -185,13 +209,15 @@ TASKS: dict[str, Task] = {
     "evaluate": Task("validation loss and multiple choice, on every rank", evaluate, _evaluate_options, overrides=True),
     "harness": Task("tasks of lm-eval on an export", harness, _harness_options),
     "generate": Task("continue prompts", generate, _generate_options),
+    "shapes": Task("shapes of parameters and state, bytes of activations", shapes, _answer_options),
+    "probe": Task("what torch sees of this machine; `all-reduce-DEVICE` on every rank", probe, _answer_options),
     "finish": Task("verify, export, figure, sample", finish),
 }
 
 
 def run(name: str, arguments: Namespace, overrides: list[str]) -> Any:
     """Do a task."""
-    if name != "prepare":
+    if name not in ("prepare", "probe"):
         from transformers.utils import logging
 
         logging.disable_progress_bar()

@@ -20,6 +20,7 @@ VERBS = {
     "logs": "watch:Logs",
     "cancel": "watch:Cancel",
     "node": "node:Node",
+    "plan": "plan:Plan",
     "report": "report:Report",
     "branch": "branch:Branch",
     "diff": "diff:Diff",

@@ -1,4 +1,4 @@
-"""The verb that tries this machine: drills."""
+"""The verb that tries this machine: checks, and drills."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from launch.verbs.options import Json
+from launch.verbs.options import Json, Runs
+from trainer.outcome import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Drill this machine: a small run is struck at random and must end as if nothing had been.
+    """Check this machine: versions, GPUs, all-reduce, clocks, disk, locks, compiler. `--drill` drills it.
 
-    `soak` needs two CPU cores and some seconds per fault. It makes its own text and starts only processes of its own.
+    Exit code 0 if nothing failed, 69 if something did; warnings do not count. `--node` makes the checks that a job can
+    make on every node before it starts: seconds, no torch. `--drill soak` kills, corrupts and starves a small run at
+    random, which must end as if nothing had been: two CPU cores and some seconds per fault.
     """
 
     OVERRIDES: ClassVar[bool] = False
-    drill: Literal["soak"]
-    """Which drill."""
+    node: bool = False
+    """Only the quick checks."""
+    ranks: int | None = None
+    """Local ranks of the all-reduce; none takes one per GPU, or two."""
+    runs: Runs = Path("runs")
+    drill: Literal["none", "soak"] = "none"
+    """Which drill, instead of checks."""
     faults: int = 20
     """How many faults."""
     seed: int = 0
@@ -31,6 +39,26 @@ class Doctor:
     json: Json = False
 
     def __call__(self, overrides: list[str]) -> int:
+        return self.examine() if self.drill == "none" else self.soak()
+
+    def examine(self) -> int:
+        """Print what each check finds, as it comes."""
+        from launch import doctor
+
+        findings = []
+        for finding in doctor.examine(self.runs, self.ranks, self.node):
+            findings.append(finding)
+            if not self.json:
+                print(f"{finding.result:8} {finding.check:14} {finding.detail}", flush=True)
+                if finding.mend:
+                    print(f"{'':8} {'mend:':>14} {finding.mend}", flush=True)
+        found = doctor.record(findings)
+        if self.json:
+            print(json_format.dumps(found))
+        return Outcome.INFRASTRUCTURE.code if found["result"] == "failure" else 0
+
+    def soak(self) -> int:
+        """Run the drill."""
         from launch.drill import soak
 
         folder = self.folder or Path(tempfile.mkdtemp(prefix="orthogon-soak-")) / "drill"

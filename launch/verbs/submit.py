@@ -18,7 +18,7 @@ from trainer.outcome import Outcome, RunError
 
 @dataclass(frozen=True, kw_only=True)
 class Submit:
-    """Start a run in the background, or queue it: on this machine, on Slurm or on Kubernetes.
+    """Start a run in the background, through a backend.
 
     Returns at once. `--section.key=value` overrides the file; the backend's own options (`--restarts 5`, `--nodes 4`) stand
     beside them, or in a file (`--cluster`). `--on torchrun` survives the terminal and restarts as `orthogon run` does.

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,12 @@ def orthogon(*arguments: str) -> tuple[int, str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=200, check=False)
     return done.returncode, done.stdout + done.stderr
+
+
+def rows(name: str, place: Path) -> list[dict[str, Any]]:
+    """What the list says of a run; the ledger knows those of other tests, too."""
+    listed: list[dict[str, Any]] = json.loads(orthogon("list", "--json")[1])
+    return [row for row in listed if row["name"] == name and row["folder"].startswith(str(place))]
 
 
 def wait_for(what: Callable[[], object], seconds: float = 200.0) -> None:
@@ -74,7 +81,7 @@ def test_submit_lose_resume_watch_cancel_and_finish(place) -> None:
         stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT,
     )  # fmt: skip
     wait_for(lambda: steps() > 2)
-    listed = json.loads(orthogon("list", "--json")[1])
+    listed = rows("bg", place)
     assert [(row["name"], row["state"], row["steps"], row["attempts"]) for row in listed] == [("bg", "running", 100000, 2)]
     facts = json.loads(orthogon("status", "bg", "--json")[1])
     assert [rank["rank"] for rank in facts["ranks"]] == [0]
@@ -95,7 +102,7 @@ def test_submit_lose_resume_watch_cancel_and_finish(place) -> None:
     assert json.loads((folder / "logs" / handles.LAST_WORD).read_text())["exit_code"] == 0
     done = [json.loads(line)["step"] for line in history.read_text().splitlines() if '"loss"' in line]
     assert done == list(range(1, record["step"] + 4))
-    listed = json.loads(orthogon("list", "--json")[1])
+    listed = rows("bg", place)
     assert [(row["state"], row["step"], row["attempts"]) for row in listed] == [("finished", record["step"] + 3, 3)]
     assert listed[0]["resumed_from"] == f"step {record['step']}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import json
 import platform
 import re
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 TEXT = re.sub(r"\\\n", " ", (ROOT / "Dockerfile").read_text())
@@ -78,3 +80,49 @@ def test_a_user_without_home_and_name_gets_them(tmp_path) -> None:
     assert words[1] == "orthogon"
     _, words = enter(*show, PATH="/usr/bin:/bin", HOME=str(tmp_path), LOGNAME="me")
     assert words == [str(tmp_path), "me"]
+
+
+SCHEMA = importlib.util.find_spec("check_jsonschema")
+COMPOSE = sorted((ROOT / "docker").glob("compose.*.yaml"))
+
+
+def valid(path: Path) -> tuple[int, str]:
+    """What check-jsonschema says of a compose file, by the schema that it brings along."""
+    line = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", path]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(SCHEMA is None, reason="check-jsonschema is not installed")
+@pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
+def test_compose_files_are_valid(path, tmp_path) -> None:
+    code, said = valid(path)
+    assert code == 0, said
+    broken = tmp_path / "compose.yaml"
+    broken.write_text(path.read_text().replace("stop_grace_period", "stop_grace_periods"))
+    assert valid(broken)[0] == 1
+
+
+def test_compose_nodes_are_what_the_node_verb_takes() -> None:
+    services = yaml.safe_load((ROOT / "docker" / "compose.torchrun.yaml").read_text())["services"]
+    run = services["make"]["command"]
+    for name in ("n1", "n2"):
+        one = services[name]
+        assert one["hostname"] == name
+        assert one["command"] == ["node", "two-nodes", "--hosts=n1,n2", f"--host={name}"]
+        assert one["volumes"] == services["make"]["volumes"]
+        assert one["stop_grace_period"] == "6m"  # guard.stop_timeout and a minute
+    code = f"from launch.cli import dispatch; dispatch({[*run, '--dry-run']!r})"
+    config = run[1].replace("/opt/orthogon", str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace(run[1], config)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "name: two-nodes" in done.stdout
+
+
+def test_scripts_are_sound() -> None:
+    for name in ("entrypoint",):
+        path = ROOT / "docker" / name
+        assert path.stat().st_mode & 0o111, name
+        assert subprocess.run(["sh", "-n", path], check=False).returncode == 0

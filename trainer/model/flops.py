@@ -15,19 +15,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# Dense peaks in TFLOP/s as the makers state them: (bf16, fp32 without TF32), by a pattern of the device's name.
-PEAKS = (
-    (r"B200", 2250.0, 80.0),
-    (r"H200", 989.0, 67.0),
-    (r"H100 NVL", 835.0, 60.0),
-    (r"H100 PCIe", 756.0, 51.0),
-    (r"H100 80GB HBM3", 989.0, 67.0),
-    (r"A100", 312.0, 19.5),
-    (r"L40S", 362.0, 91.6),
-    (r"L4$", 121.0, 30.3),
-    (r"RTX 4090", 165.2, 82.6),
-    (r"MI300X", 1307.4, 163.4),
-)
+from trainer.model.peaks import peak_of
+
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -89,14 +78,6 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device), precision)
-
-
-def peak_of(name: str, precision: str) -> float | None:
-    """The peak by the device's name."""
-    for pattern, bf16, fp32 in PEAKS:
-        if re.search(pattern, name):
-            return 1e12 * (bf16 if precision == "bf16" else fp32)
-    return None
 
 
 def utilization(flops: int | None, tokens_per_second: float, peak: float | None, devices: int) -> float | None:

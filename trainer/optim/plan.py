@@ -175,3 +175,54 @@ def traffic(parameters: Sequence[Stored], matrices: Sequence[Matrix], parts: int
                 totals[peer][0] += size
                 totals[peer][1] += size
     return [(sent, received) for sent, received in totals]
+
+
+def volumes(
+    parameters: Sequence[Stored], matrices: Sequence[Matrix], parts: int, copies: int, width: int, kind: str = "matrix"
+) -> list[tuple[int, int]]:
+    """Bytes (sent, received) of one input and its result by each rank in one step, rank `copy * parts + part`.
+
+    As `traffic`, and with what replicas pass on to each other, and for the statistics of rows or columns too. The time
+    it takes grows with ranks plus matrices, not with their product: matrices that lie alike are counted together.
+
+    Args:
+        copies: replicas that divide the matrices (1 where each repeats the work).
+        width: bytes of an entry on the way.
+    """
+    alike: dict[tuple[object, ...], list[Matrix]] = {}
+    for matrix in matrices:
+        stored = parameters[matrix.parameter]
+        expert = matrix.expert if stored.dim == 0 else 0
+        key = (stored.shape, stored.dim, stored.blocks, matrix.block, expert, matrix.owner // parts)
+        alike.setdefault(key, []).append(matrix)
+    sent, received = [0] * (parts * copies), [0] * (parts * copies)
+    for group in alike.values():
+        stored, first = parameters[group[0].parameter], group[0].owner // parts * parts
+        if is_replicated(stored, kind):
+            whole = width * _entries(group[0].box(kind))
+            pieces = dict.fromkeys(range(parts), 0)  # the owner has the input already
+            for part in range(parts):
+                received[first + part] += whole * len(group)
+            for matrix in group:
+                received[matrix.owner] -= whole
+                sent[matrix.owner] += whole * (parts - 1)
+            passed_on = dict.fromkeys(range(parts), whole)
+        else:
+            boxes = ((part, overlap(group[0].box(kind), held(stored, kind, parts, part))) for part in range(parts))
+            pieces = {part: width * _entries(box) for part, box in boxes if box is not None}
+            passed_on, total = pieces, sum(pieces.values())
+            for totals in (sent, received):  # there and back: what goes one way comes the other
+                for part, size in pieces.items():
+                    totals[first + part] += size * len(group)
+                for matrix in group:
+                    totals[matrix.owner] += total - 2 * pieces.get(matrix.owner % parts, 0)
+        for part, size in passed_on.items() if copies > 1 else ():
+            sent[first + part] += size * len(group) * (copies - 1)
+            for copy in range(copies):
+                if copy * parts != first:
+                    received[copy * parts + part] += size * len(group)
+    return list(zip(sent, received, strict=True))
+
+
+def _entries(box: Box) -> int:
+    return math.prod(stop - start for start, stop in box)
