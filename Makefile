@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # The first quickstart is called `quickstart`; later ones carry the time, because a run is never written over.
 NAME   ?= $(shell test -e runs/quickstart && date +quickstart-%Y%m%d-%H%M%S || echo quickstart)
 
-.PHONY: help install quickstart test test-chaos lint audit bench tables schema clean
+.PHONY: help install quickstart test test-chaos test-cluster lint audit bench tables schema clean
 
 help:        ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -27,6 +27,9 @@ test: install        ## all fast tests
 
 test-chaos: install  ## nodes that are killed and cut off, in minutes; needs root for network namespaces
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -p no:cacheprovider
+
+test-cluster: install  ## runs on a real Slurm of four emulated nodes, in half an hour; needs root on Debian, or says why not
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -p no:cacheprovider -rs
 
 lint: install audit  ## style, types, dependencies
 	$(BIN)/ruff check .

@@ -126,9 +126,14 @@ def requeue(folder: Path, job: str, why: str, environment: Mapping[str, str], co
 
     Slurm does not do it by itself after a time limit, nor for a script that ends within the grace time of a preemption.
     """
+    restarts = environment.get("SLURM_RESTART_COUNT", "0")
     for left in reversed(range(REQUEUE_TRIES)):
         try:
-            state = query.read_scontrol(query.call("scontrol", "--oneliner", "show", "job", job).stdout).get("JobState")
+            facts = query.read_scontrol(query.call("scontrol", "--oneliner", "show", "job", job).stdout)
+            if facts.get("Restarts", restarts) != restarts:
+                say("this node was cut off: Slurm has started the job elsewhere meanwhile")
+                return {"over": code}
+            state = facts.get("JobState")
             if state not in (None, "RUNNING"):
                 say(f"Slurm is ending this job ({state})")
                 return {"over": "wait"}

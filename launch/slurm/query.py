@@ -172,8 +172,18 @@ def read_sacct(text: str) -> dict[str, Job]:
             continue
         number, state, code, nodes = fields
         where = f" on {nodes}" if nodes not in ("", "None assigned") else ""
-        found[number] = Job(state_of(state), f"{state}, exit code {code}{where}")
+        for one in members(number):
+            found[one] = Job(state_of(state), f"{state}, exit code {code}{where}")
     return found
+
+
+def members(number: str) -> list[str]:
+    """The jobs that a row of an array means: `17_[1-3,5%2]` are those that have not started, of which two may run at a time."""
+    match = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", number)
+    if match is None:
+        return [number]
+    spans = [span.partition("-")[::2] for span in match[2].split(",")]
+    return [f"{match[1]}_{index}" for low, high in spans for index in range(int(low), int(high or low) + 1)]
 
 
 def _scontrol(numbers: Sequence[str]) -> dict[str, Job]:

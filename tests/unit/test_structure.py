@@ -19,6 +19,7 @@ FILES = {
 SHARED = {
     "config", "config_data", "data.mixture", "outcome", "runfolder", "yaml_source", "schedule", "derive", "checkpoint.manifest", "metrics.history",
     "optim.plan", "units", "guard.heartbeat", "guard.faults", "lock", "files", "checkpoint.contents",
+    "registry",
 }  # fmt: skip
 
 LAUNCH_VERBS = [name for name in FILES if name.startswith("launch.verbs")]
@@ -64,6 +65,11 @@ def test_no_import_cycles() -> None:
     [
         "launch.cli",
         "launch.backends.torchrun",
+        "launch.backends.slurm",
+        "launch.slurm.job",
+        "launch.slurm.node",
+        "launch.clusters",
+        "trainer.environment",
         "launch.supervisor",
         "launch.report",
         *LAUNCH_VERBS,
