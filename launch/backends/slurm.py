@@ -145,10 +145,16 @@ def cancel(folder: Path, handle: dict[str, Any], now: bool = False) -> str:
             mend="try again in a while",
             outcome=Outcome.INFRASTRUCTURE,
         )
-    write_json(folder / job.CANCEL, {"job": number, "time": time.time()})
+    note = folder / job.CANCEL
+    write_json(note, {"job": number, "time": time.time()})
     gentle = kind == "running" and not now
-    answer = query.call("scancel", *(["--batch", "--signal=USR1"] if gentle else []), number)
+    try:
+        answer = query.call("scancel", *(["--batch", "--signal=USR1"] if gentle else []), number)
+    except query.Silent:
+        note.unlink()
+        raise
     if answer.returncode:
+        note.unlink()
         raise RunError(
             f"job {number} was not cancelled: {query.complaint(answer)}",
             where=str(folder),

@@ -118,6 +118,17 @@ def test_cancel_saves_a_running_job_first(fakes, made, number, now, call, said) 
     assert job.cancelled(made[1], number) == (call is not None)
 
 
+def test_a_cancellation_that_slurm_refuses_leaves_no_note(fakes, made) -> None:
+    for recorded, words in (
+        ("test-only-nodes", "not cancelled: allocation failure"),
+        ("sbatch-down", "controller does not"),
+    ):
+        fakes.answer("scancel", recorded)
+        with pytest.raises(RunError, match=words):
+            slurm.cancel(made[1], {"job": "3_0", "submitted": 0.0})
+        assert not job.cancelled(made[1], "3_0")
+
+
 def ended(folder: Path, number: int, outcome: Outcome, message: str = "so", step: int = 0, **facts: Any) -> None:
     """What a rank leaves, with a checkpoint of that step."""
     write_outcome(folder / f"logs/{number}", outcome, message, rank=0, step=step, **facts)
