@@ -105,13 +105,12 @@ def jobs(numbers: Sequence[str]) -> tuple[dict[str, Job], str]:
         numbers: as sbatch gives them; members of an array as `17_2`.
 
     Returns:
-        What was found, and why the controller could not be asked, or "". Then what sacct tells of jobs that are not over
-        may be old, and is left out.
+        What was found, and why the controller could not be asked, or "".
 
     Raises:
         Silent: none of the commands is there.
     """
-    found, silence, asked = dict[str, Job](), "", False
+    found, silence, asked, known = dict[str, Job](), "", False, False
     missing = list(numbers)
     for ask in (_squeue, _sacct, _scontrol):
         if not missing:
@@ -123,7 +122,11 @@ def jobs(numbers: Sequence[str]) -> tuple[dict[str, Job], str]:
                 asked, silence = True, silence or error.what
             continue
         asked = True
-        found |= {number: job for number, job in answers.items() if not silence or job.kind == "ended"}
+        # Accounting is late, and keeps for ever what a controller lost in a crash: of jobs that are not over it only counts
+        # where nobody else can be asked.
+        sure = ask is not _sacct or not (known or silence)
+        found |= {number: job for number, job in answers.items() if sure or job.kind == "ended"}
+        known = known or ask is _squeue
         missing = [number for number in missing if number not in found]
     if not asked:
         raise Silent(

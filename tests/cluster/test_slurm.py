@@ -85,7 +85,8 @@ def test_a_refused_job_is_one_sentence(idle, submit) -> None:
 
 
 def test_a_dead_controller_is_told_and_jobs_are_known_again_after_it(idle, submit) -> None:
-    run = submit("alone", "--train.length=4 steps", nodes=1)
+    run = submit("alone", "--train.length=20 steps", nodes=1, slow=1.0)
+    run.trains(1, ranks=1)  # until it has kept its state: a job that it forgets in a crash has vanished
     idle.kill_daemon("head", "slurmctld")
     try:
         kind, detail = slurm.state(run.folder, run.handle)

@@ -50,6 +50,15 @@ def test_sacct_answers_for_what_squeue_has_forgotten_and_scontrol_last(fakes) ->
     assert kinds(slurm.states(handles("9999", submitted=time.time()))) == ["pending"]
 
 
+def test_a_job_that_the_controller_lost_has_vanished_whatever_accounting_says(fakes) -> None:
+    fakes.says("squeue", "4|PENDING|BeginTime|")
+    fakes.answer("sacct", "sacct")
+    fakes.answer("scontrol", "scontrol-unknown")
+    assert kinds(slurm.states(handles("3_0", "1"))) == ["vanished", "ended"]
+    (fakes.folder / "squeue").unlink()
+    assert kinds(slurm.states(handles("3_0", "1"))) == ["running", "ended"]
+
+
 def test_scontrol_alone_is_enough(fakes) -> None:
     fakes.answer("scontrol", "scontrol-running")
     assert slurm.states(handles("3_0")) == [("running", "RUNNING, RUNNING, exit code 0:0")]
