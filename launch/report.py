@@ -94,7 +94,8 @@ def shown(
     lines = []
     for death in sorted(deaths, key=lambda one: not one.first):
         end = death.signal or (f"signal {-death.code}" if death.code < 0 else f"exit code {death.code}")
-        lines.append(f"torchrun: rank {death.rank} left with {end}" + (", first on its node" if death.first else ""))
+        who = "srun" if (logs / "srun.log").exists() else "torchrun"
+        lines.append(f"{who}: rank {death.rank} left with {end}" + (", first on its node" if death.first else ""))
     for number, note in hangs.items():
         where = "waiting in a collective" if note.get("waiting") else f"at {note.get('frame') or 'an unknown place'}"
         lines.append(

@@ -130,12 +130,12 @@ def requeue(folder: Path, job: str, why: str, environment: Mapping[str, str], co
     for left in reversed(range(REQUEUE_TRIES)):
         try:
             facts = query.read_scontrol(query.call("scontrol", "--oneliner", "show", "job", job).stdout)
-            if facts.get("Restarts", restarts) != restarts:
+            state = facts.get("JobState")
+            if state not in ("COMPLETING", None) and facts.get("Restarts", restarts) != restarts:
                 say("this node was cut off: Slurm has started the job elsewhere meanwhile")
                 return {"over": code}
-            state = facts.get("JobState")
             if state not in (None, "RUNNING"):
-                say(f"Slurm is ending this job ({state})")
+                say(f"Slurm is ending this start of the job ({state})")
                 return {"over": "wait"}
             answer = query.call("scontrol", "requeue", job)
             if answer.returncode == 0:

@@ -107,7 +107,9 @@ class Submitted:
         words = ("sacct", "--allocations", "--duplicates", "--noheader", "--parsable2", f"--jobs={self.job}")
         last = self.seen[-1]
         self.until(lambda: self.cluster.ask(*words, "--format=State").endswith(last), 30)
-        return [line.split()[0] for line in self.cluster.ask(*words, "--format=State").splitlines()]
+        states = [line.split()[0] for line in self.cluster.ask(*words, "--format=State").splitlines()]
+        print(f"sacct: job {self.job}: {' '.join(states)}", flush=True)
+        return states
 
     def records(self) -> list[dict[str, Any]]:
         found = [evidence.record(self.folder / f"logs/{n}/attempt.json") for n in evidence.attempts(self.folder)]
@@ -129,11 +131,15 @@ class Submitted:
 
 @pytest.fixture
 def submit(idle, place, monkeypatch) -> Callable[..., Submitted]:
-    """`submit(name, slow=SECONDS, start=...)` makes a run and submits it; `slow` makes each step last longer."""
+    """`submit(name, slow=SECONDS, start=...)` makes a run and submits it; `slow` makes each step last longer, in all
+    attempts or in those of `attempts`."""
 
-    def make(name: str, *overrides: str, slow: float = 0.0, after: tuple[str, ...] = (), **asked: Any) -> Submitted:
-        fault = f"sleep={slow}@step.data times=100000" if slow else ""
-        monkeypatch.setenv(harness.faults_variable(), fault)
+    def make(
+        name: str, *overrides: str, slow: float = 0.0, attempts: tuple[int, ...] = (), after: tuple[str, ...] = (), **asked: Any
+    ) -> Submitted:  # fmt: skip
+        where = [f" attempt={number}" for number in attempts] or [""]
+        faults = [f"sleep={slow}@step.data times=100000{one}" for one in where] if slow else []
+        monkeypatch.setenv(harness.faults_variable(), "; ".join(faults))
         config = configuration.load(place / "run.yaml", [f"--name={name}", *SETTINGS, *overrides])
         folder = runfolder.create(config, ["test"])
         handle = slurm.submit(config, folder, options(**asked), after=after)

@@ -101,6 +101,7 @@ def test_a_run_has_one_job_at_a_time_and_suspects_are_excluded(fakes, made) -> N
     slurm.submit(config, folder, slurm.Options(nodes=2), resume=True)
     assert "#SBATCH --exclude=n3" in (folder / "slurm.sbatch").read_text()
     fakes.answer("squeue", "squeue-down")
+    fakes.answer("scontrol", "scontrol-down")
     with pytest.raises(RunError, match="controller does not answer") as error:
         slurm.submit(config, folder, slurm.Options(), resume=True)
     assert error.value.outcome is Outcome.INFRASTRUCTURE
@@ -213,10 +214,15 @@ def test_a_cancelled_job_is_neither_requeued_nor_started(fakes, made, checkpoint
 
 
 def test_a_job_that_slurm_ends_or_has_started_elsewhere_is_not_requeued(fakes, made, checkpoint) -> None:
-    for number, (words, over) in enumerate(
-        (("JobState=COMPLETING Restarts=0", "wait"), ("JobState=RUNNING Restarts=1", "75"), ("JobState=PENDING Restarts=0", "wait")), 1
-    ):  # fmt: skip
-        fakes.says("scontrol", f"JobId=17 {words}")
+    cases = (
+        ("COMPLETING", 0, "wait"),
+        ("COMPLETING", 1, "wait"),
+        ("PENDING", 0, "wait"),
+        ("RUNNING", 1, "75"),
+        ("PENDING", 1, "75"),
+    )
+    for number, (state, restarts, over) in enumerate(cases, 1):
+        fakes.says("scontrol", f"JobId=17 JobState={state} Restarts={restarts}")
         job.begin(made[1], JOB | {"SLURM_JOB_ID": str(number)})
         ended(made[1], number, Outcome.PREEMPTED)
         assert job.end(made[1], number, "TERM", 143, JOB | {"SLURM_JOB_ID": str(number)}) == {"over": over}
