@@ -155,7 +155,9 @@ def _body(config: RunConfig, options: Slurm) -> list[str]:
         line = f'{inside} -m launch.slurm.node "$folder" --attempt="$attempt" --ranks={ranks}'
         log = "nodes.log"
     start = " ".join([*all_nodes, tasks, *more]) + " \\\n      " + line + f' 2>>"$folder/logs/$attempt/{log}" &'
-    finish = " ".join(["srun --export=ALL --nodes=1 --ntasks=1", *more, inside, '-m trainer finish "$folder"'])
+    # Without srun where that can be: it needs a controller, and a finished run must not fail because that is away.
+    alone = ["srun --export=ALL --nodes=1 --ntasks=1", *more] if _container_of_srun(options) else []
+    finish = " ".join([*alone, inside, '-m trainer finish "$folder"'])
     return [
         "why= child=",
         "# USR1: the time limit is near. TERM: preempted, requeued or cancelled. Both mean save, which the ranks do at USR1.",

@@ -83,13 +83,15 @@ def test_a_node_that_loses_power_is_suspected_and_the_run_goes_on_elsewhere(subm
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_node_whose_slurmd_dies_does_not_lose_the_run(submit, idle, calm, which) -> None:
-    run = submit(f"daemon-{which}", slow=0.3)
+    # Slurm notices after 15 to 30 s. Until then, and beyond on the node that it cannot reach, the attempt goes on.
+    run = submit(f"daemon-{which}", slow=1.5, attempts=(1,))
     run.trains(8)
     lost = run.facts(1)["nodes"][which]
     idle.kill_daemon(lost)
     assert run.ends() == "COMPLETED", run.said()
     assert run.outcomes()[-1] == "finished"
-    assert "NODE_FAIL" in run.accounted() or "REQUEUED" in run.accounted()
+    assert len(run.outcomes()) >= 2, run.said()
+    assert run.accounted() == ["NODE_FAIL", "COMPLETED"]
     run.equals(calm)
     (run.folder.parent / suspects.FILE).unlink(missing_ok=True)
 

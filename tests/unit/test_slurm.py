@@ -253,10 +253,12 @@ def test_a_member_of_an_array_is_called_by_its_own_name() -> None:
     assert query.members("17_[1-3,5%2]") == ["17_1", "17_2", "17_3", "17_5"]
 
 
-def run_script(fakes: Fakes, made: tuple[configuration.RunConfig, Path], srun: str) -> subprocess.Popen[str]:
+def run_script(
+    fakes: Fakes, made: tuple[configuration.RunConfig, Path], srun: str, **asked: Any
+) -> subprocess.Popen[str]:
     """Start the real batch script with an srun that does what a test says: `$out` is the attempt's folder."""
     config, folder = made
-    script = slurm.describe(config, folder, slurm.Options(nodes=2))
+    script = slurm.describe(config, folder, slurm.Options(nodes=2, **asked))
     slurm.environment.write(folder, {"PATH": str(fakes.folder)})
     outcome = shlex.quote(json.dumps({"outcome": "preempted", "exit_code": 75, "message": "so", "rank": 0, "time": 0}))
     fakes.script("srun", ["#!/bin/bash", f'out={folder}/logs/$attempt; outcome={outcome}', f'echo "srun $*" >>{fakes.calls_file}', srun])  # fmt: skip
@@ -285,11 +287,13 @@ def test_the_script_passes_the_warning_on_requeues_itself_and_waits_to_be_ended(
 
 
 def test_the_script_ends_with_the_outcome_and_starts_what_follows_a_finished_run(fakes, made) -> None:
-    srun = 'if [[ "$*" == *finish* ]]; then exit 3; fi; outcome=${outcome/preempted/finished}; echo "${outcome/75/0}" >$out/outcome.json'
-    process = run_script(fakes, made, srun)
+    fakes.script("apptainer", ["#!/bin/bash", f'echo "apptainer $*" >>{fakes.calls_file}; exit 3'])
+    srun = 'outcome=${outcome/preempted/finished}; echo "${outcome/75/0}" >$out/outcome.json'
+    process = run_script(fakes, made, srun, container="/x.sif", container_runtime="apptainer")
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 3, said  # of what follows
-    assert [line.split()[-1] for line in fakes.calls() if line.startswith("srun")] == ["--attempt=1", str(made[1])]
+    assert process.returncode == 3, said  # of what follows, which needs no controller
+    assert [line.split()[-1] for line in fakes.calls() if line.startswith("srun")] == ["--attempt=1"]
+    assert fakes.calls()[-1].endswith(f"python3 -m trainer finish {made[1]}")
     assert "no further attempt: the run is finished" in said
 
 
