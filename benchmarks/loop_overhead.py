@@ -55,23 +55,16 @@ def measure(folder: Path, steps: int, rounds: int) -> None:
         runfolder.create(config, ["benchmark"])
     while not (config.folder / "checkpoints").exists():
         time.sleep(0.05)
-    run = setup.set_up(config.folder, config, 1, Watchdog(Heartbeat(None), Flag(), config.folder, 0))
+    rank = int(os.environ["RANK"])
+    watch = Watchdog(Heartbeat(config.folder / f"heartbeat-{rank}"), Flag(), config.folder, rank).start()
+    run = setup.set_up(config.folder, config, 1, watch)
     run.progress.shown = False
     expected = run.derived.sequences_per_step * config.data.sequence_length
 
     def ours(every: int | None = None) -> None:
         run.groups.every = every
-        began = time.monotonic()
-        count = run.derived.sequences_per_step
-        rate = loop.set_learning_rate(run)
-        verdict = loop.forward_backward(run, count)
-        with run.groups.measure(run.step, verdict.ratio):
-            loop.clip_gradients(run, verdict)
-            run.optimizer.step()
-        for parameter in run.parameters:
-            parameter.grad = None
-        start, run.step, run.position = run.position, run.step + 1, run.position + count
-        loop.record(run, verdict, start, count, rate, time.monotonic() - began)
+        loop.step(run)
+        run.heart.beat("border", run.step, run.position)
 
     fixed = run.batches.at(0, run.derived.sequences_per_step)
 

@@ -104,16 +104,7 @@ def our_step(run: Any) -> float:
     """What `loop.train` does between two borders; returns the loss."""
     from trainer import loop
 
-    began = time.monotonic()
-    count = run.derived.sequences_per_step
-    rate = loop.set_learning_rate(run)
-    verdict = loop.forward_backward(run, count)
-    loop.clip_gradients(run, verdict)
-    run.optimizer.step()
-    run.strategy.clear(run.parameters)
-    start, run.step, run.position = run.position, run.step + 1, run.position + count
-    loop.record(run, verdict, start, count, rate, time.monotonic() - began)
-    return float(verdict.loss)
+    return loop.step(run).loss
 
 
 def theirs(arguments: argparse.Namespace, run: Any, callback: Any) -> Any:
