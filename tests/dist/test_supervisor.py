@@ -130,7 +130,7 @@ def test_a_killed_launcher_leaves_no_process_and_a_saved_run(place, launcher) ->
 def test_an_equal_bug_is_tried_three_times(place, launcher) -> None:
     runfolder.create(configuration.load(place / "run.yaml", ["--name=bug"]), [])
     process = launcher("resume", "bug", f"--runs={place}/runs", before=f"BUG = {BUG!r}{WITH_BUG}")
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=240)
     assert process.returncode == 1, out
     assert out.count("seen 1 of 3 times") == 1
     assert out.count("seen 2 of 3 times") == 1
