@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import children, process
+from launch import children, evidence, process
 from trainer import runfolder
 from trainer.checkpoint import contents
 from trainer.checkpoint import manifest as manifests
@@ -125,7 +125,7 @@ def attempt(folder: Path, run: Path, left: int, dice: random.Random, tally: Tall
     inside = [kind for kind in INSIDE if dice.random() < 0.7][: left - 1]
     end = dice.choice(ENDS)
     step = newest + SAVE_EVERY + dice.randint(1, SAVE_EVERY)
-    asked, number = [], _attempts(run) + 1
+    asked, number = [], max(evidence.attempts(run), default=0) + 1
     for kind in inside:
         rank = dice.randrange(RANKS)
         if kind == "transient NaN":
@@ -178,9 +178,9 @@ def trained_again(run: Path) -> int:
     """Steps that were trained more than once, from what the attempts left behind."""
     began = {e["attempt"]: e["step"] for e in runfolder.events(run) if e["event"] == "resumed"}
     trained = 0
-    for logs in (run / "logs").iterdir():
-        done = max((beat.step for beat in heartbeat.read_all(logs).values()), default=0)
-        trained += max(0, done - began.get(int(logs.name), 0))
+    for number in evidence.attempts(run):
+        done = evidence.steps_done(run / "logs" / str(number))
+        trained += max(0, done - began.get(number, 0))
     return trained - _newest(run)
 
 
@@ -232,10 +232,6 @@ def _until(there: Callable[[], bool], what: str) -> None:
 def _reached(logs: Path, step: int) -> bool:
     beats = heartbeat.read_all(logs).values()
     return len(beats) == RANKS and all(beat.step >= step for beat in beats)
-
-
-def _attempts(run: Path) -> int:
-    return max((int(p.name) for p in (run / "logs").glob("*") if p.name.isdigit()), default=0)
 
 
 def _newest(run: Path) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import drill
+from launch import drill, evidence
 from trainer.checkpoint import contents
 from trainer.checkpoint import manifest as manifests
 from trainer.files import read_json
@@ -98,8 +98,7 @@ def processes_of(folder: Path) -> list[str]:
 
 def outcomes(folder: Path) -> list[str]:
     """The outcome of each attempt, in order."""
-    attempts = sorted(int(p.name) for p in (folder / "logs").iterdir() if p.name.isdigit())
-    return [read_json(folder / f"logs/{n}/attempt.json")["outcome"] for n in attempts]
+    return [read_json(folder / f"logs/{n}/attempt.json")["outcome"] for n in evidence.attempts(folder)]
 
 
 def weights(folder: Path) -> dict[str, str]:
