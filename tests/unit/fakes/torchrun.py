@@ -51,8 +51,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     def asked(folder: Path, handle: dict[str, Any]) -> str | None:
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
-            if (folder / "asked").exists():
-                return (folder / "asked").read_text()
+            if (folder / "asked").exists() and (
+                text := (folder / "asked").read_text()
+            ):  # it is there before it is written
+                return text
             if torchrun.state(folder, handle)[0] != "running":
                 return "now"
             time.sleep(0.01)
