@@ -127,6 +127,7 @@ class Run:
         """Give back what the run holds, the folder last; followers of the history get less time in a hurry."""
         self.trace.close()
         self.history.close(hurry=hurry)
+        self.strategy.close()
         if self.lock is not None:
             self.watch.every_moment = lambda: None
             self.lock.release()

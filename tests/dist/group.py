@@ -93,8 +93,11 @@ def _serve(pipe: Connection, rank: int, world: int, port: int) -> None:
             function, arguments = pipe.recv()
         except EOFError:
             return
+        linear = torch.nn.functional.linear
         try:
-            pipe.send((True, function(*arguments)))
+            result = function(*arguments)
+            assert torch.nn.functional.linear is linear, "torch.nn.functional.linear is another than before"
+            pipe.send((True, result))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
 

@@ -100,6 +100,7 @@ class Strategy(single.Strategy):
 
     def connect(self, model: Any, optimizer: Any) -> None:
         deepspeed = _library(self.device)
+        self.linear = torch.nn.functional.linear  # which stage 3 replaces, for all models of the process
         settings = self.settings(model)
         if self.options.stage == 3:
             deepspeed.zero.Init(module=model, config_dict_or_path=settings)
@@ -173,6 +174,9 @@ class Strategy(single.Strategy):
 
     def adopt(self, tensors: dict[str, Any], model: Any, optimizer: Any, names: dict[Any, str]) -> None:
         zero.set_whole_tensors(optimizer, names, tensors, self.options.stage)
+
+    def close(self) -> None:
+        torch.nn.functional.linear = self.linear
 
 
 def _library(device: Any) -> Any:
