@@ -17,7 +17,7 @@ AT_START = [p for p in POINTS if p.startswith(("start.", "load."))]
 IN_STEP = [p for p in POINTS if p.startswith("step.")]
 IN_SAVE = [p for p in POINTS if p.startswith("save.") and p not in ("save.background",)]
 RANK_ZERO = (
-    "start.data", "save.before_manifest", "save.after_manifest", "save.rename", "save.renamed", "save.prune",
+    "start.data", "history.write", "end.outcome", "save.before_manifest", "save.after_manifest", "save.rename", "save.renamed", "save.prune",
 )  # fmt: skip
 """Points that only rank 0 passes."""
 SAVED = ("save.renamed", "save.prune")
@@ -36,40 +36,54 @@ def calm(place) -> Path:
     return place / "runs/calm"
 
 
-def kills() -> tuple[str, int]:
-    """A fault for each attempt, so that most attempts make a newer checkpoint than the one before; and their number."""
-    faults, newest, attempt = [], 0, 0
+def kills(points: list[str], more: list[str], last: list[tuple[str, int]]) -> tuple[str, int]:
+    """A fault for each attempt, so that most attempts make a newer checkpoint than the one before; and their number.
 
-    def strike(point: str, step: int | None = None, ranks: tuple[int, ...] = (0, 1)) -> None:
-        nonlocal attempt
-        attempt += 1
-        where = "" if step is None else f" step={step}"
-        faults.append(f"kill@{point} rank={ranks[attempt % len(ranks)]} attempt={attempt}{where}")
+    `points` of a step or a save come one after the other, the points of a start (`more`) between them, `last` at steps given.
+    """
+    faults, newest = [], 0
 
-    for index, point in enumerate(IN_STEP + IN_SAVE):
-        if index < len(AT_START):
-            strike(AT_START[index], None, (0,) if AT_START[index] in RANK_ZERO else (0, 1))
+    def strike(point: str, step: int | None = None) -> None:
+        attempt = len(faults) + 1
+        rank = 0 if point in RANK_ZERO else attempt // 2 % 2
+        faults.append(f"kill@{point} rank={rank} attempt={attempt}" + (f" step={step}" if step else ""))
+
+    for index, point in enumerate(points):
+        if index < len(more):
+            strike(more[index])
         save = point in IN_SAVE
-        strike(point, newest + (2 if save else 1) * SAVE_EVERY + (not save), (0,) if point in RANK_ZERO else (0, 1))
+        strike(point, newest + (2 if save else 1) * SAVE_EVERY + (not save))
         newest += SAVE_EVERY * (1 + (point in SAVED))
-    strike("validate.batch", newest - newest % 7 + 7)
-    strike("history.write", newest - newest % 7 + 9, (0,))
-    strike("end.begin", STEPS)
-    strike("end.outcome", STEPS, (0,))
-    return "; ".join(faults), attempt
+    for point, step in last:
+        strike(point, step)
+    return "; ".join(faults), len(faults)
 
 
-@pytest.mark.timeout(1500)
-def test_killed_at_every_point(place, calm) -> None:
-    faults, count = kills()
-    running = harness.Running(place, "killed", "--restarts=100", faults=faults)
-    code, text = running.ends(1400)
+KILLED = {
+    "saves": kills(IN_SAVE, [], [("end.begin", STEPS)]),
+    "starts and steps": kills(
+        IN_STEP, AT_START, [("validate.batch", 21), ("history.write", 23), ("end.outcome", STEPS)]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("where", KILLED)
+def test_killed_at_every_point(place, calm, where) -> None:
+    faults, count = KILLED[where]
+    running = harness.Running(place, f"killed-{where[:4]}", "--restarts=100", faults=faults)
+    code, text = running.ends(900)
     assert code == 0, text
     assert running.outcomes() == [*["infrastructure"] * count, "finished"]
     assert harness.weights(running.folder) == harness.weights(calm)
     assert harness.history(running.folder) == harness.history(calm)
     steps = [record["step"] for record in harness.history(running.folder) if "loss" in record]
     assert steps == list(range(1, STEPS + 1))
+
+
+def test_every_point_has_its_fault() -> None:
+    struck = " ".join(faults for faults, _ in KILLED.values())
+    assert [p for p in POINTS if f"@{p} " not in struck] == ["save.background"]
 
 
 SIGNALLED = [
