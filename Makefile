@@ -8,7 +8,7 @@ CHAOS  ?=
 # The first quickstart is called `quickstart`; later ones carry the time, because a run is never written over.
 NAME   ?= $(shell test -e runs/quickstart && date +quickstart-%Y%m%d-%H%M%S || echo quickstart)
 
-.PHONY: help install quickstart test test-chaos lint audit bench tables schema clean
+.PHONY: help install quickstart test test-chaos test-cluster lint audit bench tables schema clean
 
 help:        ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -29,6 +29,9 @@ test: install        ## all fast tests
 
 test-chaos: install  ## ranks, launchers and nodes that are killed, in half an hour; root for network namespaces
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -p no:cacheprovider $(CHAOS)
+
+test-cluster: install  ## runs on a real Slurm of four emulated nodes, in half an hour; needs root on Debian, or says why not
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -p no:cacheprovider -rs
 
 lint: install audit  ## style, types, dependencies
 	$(BIN)/ruff check .

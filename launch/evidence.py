@@ -16,6 +16,11 @@ from trainer.guard import heartbeat
 from trainer.outcome import read_outcome
 
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+KILLED = {
+    "Killed": signal.SIGKILL, "Segmentation fault": signal.SIGSEGV, "Bus error": signal.SIGBUS, "Aborted": signal.SIGABRT,
+    "Illegal instruction": signal.SIGILL, "Floating point exception": signal.SIGFPE,
+}  # fmt: skip
+"""The signals that srun's words mean, without those that ask for an end."""
 TAIL = 200_000  # bytes of a log that are looked at
 
 
@@ -82,7 +87,7 @@ def last_records(path: Path, having: str = "", count: int | None = None) -> list
     Only the end of the file is looked at, and only as many lines are parsed as are asked for.
     """
     found: list[dict[str, Any]] = []
-    for line in reversed(_tail(path).splitlines()):
+    for line in reversed(tail(path).splitlines()):
         if count is not None and len(found) >= count:
             break
         if having in line:
@@ -109,28 +114,28 @@ def deaths(logs: Path) -> list[Death]:
     """The ranks that torchrun, on each node, reports as failed: its table, or the one line where it was ended before."""
     found = []
     for path in sorted(logs.glob("torchrun*.log")):
-        text = _tail(path)
-        head, table, root = text.rpartition("Root Cause (first observed failure):")
+        said = tail(path)
+        head, table, root = said.rpartition("Root Cause (first observed failure):")
         if table:
             found += [Death(**facts, first=True) for facts in _table(root)]
             found += [Death(**facts, first=False) for facts in _table(head.rpartition("Failures:")[2])]
             continue
-        line = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", text)
+        line = re.search(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)", said)
         if line and path.name == "torchrun.log":  # one node: the local rank is the rank
             found.append(Death(int(line[2]), "", int(line[1]), first=True))
-    return found
+    return found + _tasks(tail(logs / "srun.log"))
 
 
 def failed(log: Path) -> bool:
     """Whether torchrun has seen a rank fail: it ends the others then, unless a signal to itself is the reason. It names
     the rank only after they have left."""
-    text = _tail(log)
-    return "failed (exitcode:" in text or ("closing signal" in text and "death signal" not in text)
+    said = tail(log)
+    return "failed (exitcode:" in said or ("closing signal" in said and "death signal" not in said)
 
 
 def traceback_of(log: Path) -> str:
     """The last traceback in a log; empty without one."""
-    lines = _tail(log).splitlines()
+    lines = tail(log).splitlines()
     starts = [number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line]
     if not starts:
         return ""
@@ -142,7 +147,7 @@ def traceback_of(log: Path) -> str:
 
 def last_lines(log: Path, count: int = 5) -> list[str]:
     """The last lines of a log that say something."""
-    return [line for line in _tail(log).splitlines() if line.strip()][-count:]
+    return [line for line in tail(log).splitlines() if line.strip()][-count:]
 
 
 def steps_done(logs: Path) -> int:
@@ -163,12 +168,25 @@ def newest_checkpoint(folder: Path) -> int | None:
     return None
 
 
+def _tasks(said: str) -> list[Death]:
+    """The same in srun's words, where srun started every rank: `srun: error: n2: tasks 1,3: Killed`. The first line counts:
+    the others tell whom srun ended on account of it."""
+    line = re.search(r"srun: error: ([^:\s]+): tasks? ([\d,-]+): (?:Exited with exit code (\d+)|([A-Z][a-z ]+))", said)
+    if line is None or (line[3] is None and line[4].strip() not in KILLED):
+        return []
+    number = int(line[3]) if line[3] else -KILLED[line[4].strip()]
+    spans = [span.partition("-")[::2] for span in line[2].split(",")]
+    ranks = [rank for low, high in spans for rank in range(int(low), int(high or low) + 1)]
+    return [Death(rank, line[1], number, first=True) for rank in ranks]
+
+
 def _table(text: str) -> list[dict[str, Any]]:
     pattern = r"host\s*: (\S*)\s+rank\s*: (\d+).*?\s+exitcode\s*: (-?\d+)"
     return [{"host": host, "rank": int(rank), "code": int(code)} for host, rank, code in re.findall(pattern, text)]
 
 
-def _tail(path: Path) -> str:
+def tail(path: Path) -> str:
+    """The end of a log; empty where there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(0, 2)

@@ -35,6 +35,12 @@ def read(folder: Path) -> dict[str, Any] | None:
     return handle if handle is not None and isinstance(handle.get("backend"), str) else None
 
 
+def resume_command(handle: dict[str, Any] | None, reference: str) -> str:
+    """The command that goes on with a run where it was; `reference` is how a command names the run."""
+    on = f" --on {handle['backend']}" if handle is not None and not handle.get("foreground") else ""
+    return f"orthogon resume {reference}{on}"
+
+
 def states(
     pairs: Sequence[tuple[Path, dict[str, Any] | None]],
 ) -> list[tuple[dict[str, Any] | None, tuple[str, str]]]:
@@ -109,7 +115,7 @@ def supervised(folder: Path, work: Callable[[], int]) -> int:
         with _alone(folder):
             check_free(folder, me)
             with suppress(OSError):  # the run matters more
-                write_json(folder / FILE, _record(folder, "torchrun", {}, me))
+                write_json(folder / FILE, _record(folder, "torchrun", {}, me | {"foreground": True}))
     code, message = Outcome.BUG.code, "it broke"
     try:
         code = work()

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch import attempt, evidence, process
+from launch import attempt, evidence, handles, process
 from launch.culprit import Culprit, culprit, first_line
 from trainer.checkpoint import manifest as manifests
 from trainer.guard import heartbeat
@@ -94,7 +94,8 @@ def shown(
     lines = []
     for death in sorted(deaths, key=lambda one: not one.first):
         end = death.signal or (f"signal {-death.code}" if death.code < 0 else f"exit code {death.code}")
-        lines.append(f"torchrun: rank {death.rank} left with {end}" + (", first on its node" if death.first else ""))
+        who = "srun" if (logs / "srun.log").exists() else "torchrun"
+        lines.append(f"{who}: rank {death.rank} left with {end}" + (", first on its node" if death.first else ""))
     for number, note in hangs.items():
         where = "waiting in a collective" if note.get("waiting") else f"at {note.get('frame') or 'an unknown place'}"
         lines.append(
@@ -118,7 +119,7 @@ def shown(
 def go_on(outcome: dict[str, Any], name: str, logs: Path) -> str | None:
     """The command that continues, or None where there is nothing to continue."""
     word = outcome["outcome"]
-    resume = f"orthogon resume {name}"
+    resume = handles.resume_command(handles.read(logs.parents[1]), name)
     plan = evidence.record(logs / "plan.json")
     if plan is not None:
         resume = f"orthogon node {name} --hosts={','.join(plan['members'])} --host=..., on each of the nodes"

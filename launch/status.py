@@ -57,9 +57,8 @@ def following(facts: dict[str, Any], reference: str) -> str | None:
         return f"orthogon logs {reference} -f"
     if facts["state"] in ("finished", "unknown"):
         return None
-    on = f" --on {facts['backend']}" if facts["backend"] != "-" else ""
     why = "" if facts["state"] in ("new", "preempted") else f"orthogon report {reference}; then "
-    return f"{why}orthogon resume {reference}{on}"
+    return why + handles.resume_command(facts["handle"], reference)
 
 
 def show(facts: dict[str, Any]) -> str:

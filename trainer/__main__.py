@@ -17,7 +17,7 @@ FLAG = Flag()
 if __name__ == "__main__" and sys.argv[1:2] == ["train"]:
     FLAG.install()  # before the imports that take a second: a signal from now on ends in a saved checkpoint
 
-from trainer import tasks  # noqa: E402
+from trainer import environment, tasks  # noqa: E402
 from trainer.guard import heartbeat  # noqa: E402
 from trainer.guard.faults import fault  # noqa: E402
 from trainer.guard.watchdog import Watchdog  # noqa: E402
@@ -71,7 +71,12 @@ def do_task(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def train_rank(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """One rank of a run, from its folder, or from a YAML file when no launcher made the folder."""
-    rank = int(os.environ.get("RANK", "0"))
+    try:
+        starter = environment.adopt(os.environ)
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return error.outcome.code
+    launched, rank = starter in ("torchrun", "srun"), int(os.environ.get("RANK", "0"))
     logs: Path | None = None
     watch: Watchdog | None = None
     lost = False
@@ -79,7 +84,7 @@ def train_rank(arguments: argparse.Namespace, overrides: list[str]) -> int:
         folder, number = _folder(arguments.target, arguments.attempt, overrides, rank)
         logs = folder / "logs" / str(number)
         _log_to(logs / f"rank-{rank}.log", keep_stdout=rank == 0)
-        watch = Watchdog(heartbeat.Heartbeat(heartbeat.path_of(logs, rank)), FLAG, logs, rank).start()
+        watch = Watchdog(heartbeat.Heartbeat(heartbeat.path_of(logs, rank)), FLAG, logs, rank, launched).start()
         outcome, message, facts = _train(folder, number, watch, arguments.verify)
     except RunError as error:
         outcome, message, facts = error.outcome, error.what if error.outcome.orderly else str(error), {}
@@ -100,7 +105,8 @@ def train_rank(arguments: argparse.Namespace, overrides: list[str]) -> int:
     elif logs is not None and not outcome.orderly:  # the others are about to be ended by torchrun
         speak(logs, outcome, message, rank=rank, lost_peers=lost, **facts)
     if outcome.orderly:
-        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else outcome.code
+        # Another code would make torchrun, or srun --kill-on-bad-exit, end ranks that are still leaving.
+        return 0 if launched else outcome.code
     sys.stderr.flush()
     os._exit(outcome.code)  # what libraries do at exit may wait for ranks that are gone
 

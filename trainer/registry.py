@@ -41,10 +41,10 @@ def names(package: str) -> list[str]:
     spec = importlib.util.find_spec(package)
     assert spec is not None, package
     files = sorted(Path((spec.submodule_search_locations or [])[0]).glob("*.py"))
-    return [file.stem for file in files if re.search(r"^class Options\b", file.read_text(encoding="utf-8"), re.M)]
+    return [file.stem for file in files if re.search(r"^(class )?Options\b", file.read_text(encoding="utf-8"), re.M)]
 
 
 @cache
 def alternatives(package: str) -> dict[str, ModuleType]:
-    """The modules of `package` that define `class Options`, by name."""
+    """The modules of `package` that define `Options`, by name."""
     return {name: importlib.import_module(f"{package}.{name}") for name in names(package)}

@@ -14,14 +14,14 @@ from trainer.outcome import RunError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 of PyYAML reads 1e-3 as a string and yes/no/on/off as booleans; YAML 1.2 and people do not."""
+    """YAML 1.1 of PyYAML reads 1e-3 as a string, yes/no/on/off as booleans, 24:00:00 as 86400; YAML 1.2 and people do not."""
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, expression)
         for tag, expression in pairs
-        if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
+        if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:int")
     ]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -29,6 +29,11 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
     list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False)$"), list("tTfF"))
 

@@ -1,9 +1,9 @@
 """Places a run can go, one file each: the backends of `--on NAME`, and the contract that all of them keep.
 
-A module in this folder with a `class Options` is a backend; its name is its file's name. It loads no torch, and at import
+A module in this folder that defines `Options` is a backend; its name is its file's name. It loads no torch, and at import
 nothing that takes time (no pydantic, no yaml): `orthogon list` asks it for states. It offers:
 
-`class Options`: a frozen dataclass with `__pydantic_config__ = STRICT`. Its fields are the options of the backend, in a
+`Options`: a frozen dataclass with `__pydantic_config__ = STRICT`. Its fields are the options of the backend, in a
 cluster file (`--cluster FILE`, one key per field) and on the command line (`--nodes 4`, `--nodes=4`). Every field has a
 default and a docstring. No field may be called `name`, `runs`, `seed`, `on`, `cluster` or like a section of the
 configuration.

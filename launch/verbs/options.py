@@ -17,9 +17,18 @@ Export = Annotated[Path | None, arg(help="Take the weights of this export instea
 Restarts = Annotated[
     int, arg(help="Restarts in a row that may pass without a newer checkpoint; 0 makes one attempt only.")
 ]
-On = Annotated[str, arg(metavar="BACKEND", help="Where it runs: torchrun (this machine) or another backend.")]
+On = Annotated[
+    str | None,
+    arg(
+        metavar="BACKEND", help="Where it runs; by default where the cluster file says, else torchrun on this machine."
+    ),
+]
 Cluster = Annotated[
-    Path | None, arg(metavar="FILE", help="A YAML file with options of the backend, e.g. of configs/clusters/.")
+    str | None,
+    arg(
+        metavar="NAME|FILE",
+        help="A file of configs/clusters/, by its name, or another YAML file: options of the backend.",
+    ),
 ]
 Json = Annotated[bool, arg(help="Print JSON, for programs.")]
 

@@ -24,7 +24,7 @@ class Pipeline:
     OVERRIDES: ClassVar[bool] = True
     graph: Annotated[Positional[Path], arg(metavar="GRAPH")]
     """The YAML file of the graph."""
-    on: On = "torchrun"
+    on: On = None
     cluster: Cluster = None
     at_once: int = 1
     """Nodes that run at the same time."""
@@ -38,7 +38,7 @@ class Pipeline:
         from launch.graph import read
         from launch.pipeline import Driver, drive, queue
 
-        options, rest = choose(self.on, self.cluster, overrides)
+        on, options, rest = choose(self.on, self.cluster, overrides)
         if rest:
             raise RunError(f"'{rest[0]}' is not understood", where="command line", mend="set it in the graph's file")
         if self.at_once < 1:
@@ -49,7 +49,7 @@ class Pipeline:
                 what = " ".join(node.command) if node.config is None else f"run {node.config.folder}"
                 print(f"{name}: {what}" + (f", after {', '.join(node.after)}" if node.after else ""))
             return 0
-        driver = Driver(graph, self.on, options, say=lambda text: print(text, flush=True))
+        driver = Driver(graph, on, options, say=lambda text: print(text, flush=True))
         signal.signal(
             signal.SIGTERM, signal.default_int_handler
         )  # as Ctrl-C: commands end, runs in the background go on

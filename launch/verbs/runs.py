@@ -57,16 +57,16 @@ class Run:
 class Resume:
     """Go on with a run from its newest checkpoint that verifies.
 
-    `--section.key=value` overrides what a resume may change. With `--on` it goes on in the background or in a queue, as
-    `orthogon submit` starts one.
+    `--section.key=value` overrides what a resume may change. With `--on` or `--cluster` it goes on in the background or in a
+    queue, as `orthogon submit` starts one; the options that it was last submitted with hold, unless others are given.
     """
 
     OVERRIDES: ClassVar[bool] = True
     run: RunName
     verify: bool = False
     """First train the last recorded steps again and compare them bit for bit, on the number of ranks that saved."""
-    restarts: Restarts = RESTARTS
-    on: On | None = None
+    restarts: Restarts | None = None
+    on: On = None
     cluster: Cluster = None
     runs: Runs = Path("runs")
 
@@ -74,15 +74,15 @@ class Resume:
         from launch import handles
         from trainer import runfolder
 
-        if self.on is not None:
-            return self._give(self.on, overrides)
+        if self.on is not None or self.cluster is not None:
+            return self._give(overrides)
         folder, config = process.opened(self.run, self.runs, overrides)
         handles.check_free(folder, handles.identity())
         if overrides:
             runfolder.write_config(folder, config)
-        return train(config, folder, self.restarts, self.verify)
+        return train(config, folder, RESTARTS if self.restarts is None else self.restarts, self.verify)
 
-    def _give(self, on: str, given: list[str]) -> int:
+    def _give(self, given: list[str]) -> int:
         """Resume through a backend."""
         from launch import handles
         from launch.choices import choose
@@ -91,8 +91,9 @@ class Resume:
 
         if self.verify:
             raise RunError("--verify works in the foreground", where="command line", mend="leave out --on")
-        restarts = [f"--restarts={self.restarts}"] if on == "torchrun" else []
-        options, overrides = choose(on, self.cluster, [*restarts, *given])
+        restarts = [] if self.restarts is None else [f"--restarts={self.restarts}"]
+        before = handles.read(process.run_folder(self.run, self.runs))
+        on, options, overrides = choose(self.on, self.cluster, [*restarts, *given], before)
         folder, config = process.opened(self.run, self.runs, overrides)
         handles.check_free(folder)
         if overrides:

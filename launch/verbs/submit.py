@@ -27,7 +27,7 @@ class Submit:
     OVERRIDES: ClassVar[bool] = True
     config: Annotated[Positional[Path], arg(metavar="CONFIG")]
     """The YAML file of the run."""
-    on: On = "torchrun"
+    on: On = None
     cluster: Cluster = None
     after: Annotated[tuple[str, ...], arg(metavar="RUN ...")] = ()
     """Runs that must finish first, where the backend can wait for them."""
@@ -41,15 +41,15 @@ class Submit:
         from trainer import config as configuration
         from trainer import runfolder
 
-        options, rest = choose(self.on, self.cluster, overrides)
+        on, options, rest = choose(self.on, self.cluster, overrides)
         config = configuration.load(self.config, rest)
         if self.dry_run:
             print(yaml.safe_dump(configuration.resolved(config), sort_keys=False))
-            print(backends.find(self.on).describe(config, config.folder, options))
+            print(backends.find(on).describe(config, config.folder, options))
             return 0
         folder = runfolder.create(config, runfolder.command_line())
         try:
-            started(config, folder, self.on, options, resume=False, after=self.after)
+            started(config, folder, on, options, resume=False, after=self.after)
         except RunError as error:
             if (
                 error.outcome is not Outcome.INFRASTRUCTURE

@@ -14,7 +14,7 @@ from launch import ledger, process, standing
 from launch.verbs.options import Json, RunName, Runs
 from trainer.outcome import Outcome, RunError
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, MOST_SECONDS = 0.5, 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +116,17 @@ class Cancel:
                 mend="send that process SIGTERM: it saves and ends",
             )
         print(backends.find(handle["backend"]).cancel(folder, handle, self.now), flush=True)
+        pause = POLL_SECONDS
         while not self.no_wait and found.alive:
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(2 * pause, MOST_SECONDS)  # a queue's controller serves others, too
             found = standing.read(folder)
         ledger.remember(folder)
         if not self.no_wait:
             print(f"run {self.run} has ended: {found.state}: {found.note}")
             if found.state != Outcome.FINISHED.value:
-                print(f"go on with: orthogon resume {process.reference(self.run, _runs(folder, self.runs))}")
+                reference = process.reference(self.run, _runs(folder, self.runs))
+                print(f"go on with: {handles.resume_command(handle, reference)}")
         return 0
 
 

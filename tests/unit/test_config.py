@@ -17,6 +17,7 @@ from trainer import config as configuration
 from trainer import reference
 from trainer.outcome import Outcome, RunError
 from trainer.units import parse_count, parse_seconds, split_interval, split_length
+from trainer.yaml_source import Source
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """\
@@ -228,13 +229,18 @@ def test_schema_file_is_current() -> None:
     assert (ROOT / "docs/config.md").read_text() == reference.markdown(), "run `make schema`"
 
 
-# The shapes in configs/models are no runs: test_model_configs.py uses them below one.
-RUNS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name != "models"]
+# The shapes in configs/models are no runs: test_model_configs.py uses them below one. Nor are clusters: test_slurm_files.py.
+RUNS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name not in ("models", "clusters")]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)
 def test_every_config_loads(path: Path) -> None:
     configuration.load(path)
+
+
+def test_times_with_colons_stay_as_they_are_written(tmp_path: Path) -> None:
+    source = Source.read(write(tmp_path, "a: 24:00:00\nb: 12_000\nc: 0x1f\nd: -7\ne: 0\n"))
+    assert source.raw == {"a": "24:00:00", "b": 12000, "c": 31, "d": -7, "e": 0}
 
 
 @given(st.integers(1, 10**12))

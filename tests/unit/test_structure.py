@@ -64,6 +64,10 @@ def test_no_import_cycles() -> None:
     [
         "launch.cli",
         "launch.backends.torchrun",
+        "launch.backends.slurm",
+        "launch.slurm.job",
+        "launch.slurm.node",
+        "trainer.environment",
         "launch.supervisor",
         "launch.report",
         *LAUNCH_VERBS,

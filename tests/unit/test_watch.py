@@ -174,9 +174,13 @@ def test_a_folder_that_cannot_be_written_leaves_no_run_no_process_and_an_exact_l
 
 def test_options_come_from_the_cluster_file_and_the_command_line_goes_first(tmp_path) -> None:
     (tmp_path / "c.yaml").write_text("restarts: 7\n")
-    assert choose("torchrun", tmp_path / "c.yaml", ["--optim.lr=1"]) == (torchrun.Options(restarts=7), ["--optim.lr=1"])
-    assert choose("torchrun", tmp_path / "c.yaml", ["--restarts", "2"])[0].restarts == 2
-    assert choose("torchrun", None, ["--restarts=2"])[0].restarts == 2
+    assert choose("torchrun", str(tmp_path / "c.yaml"), ["--optim.lr=1"]) == (
+        "torchrun",
+        torchrun.Options(restarts=7),
+        ["--optim.lr=1"],
+    )
+    assert choose("torchrun", str(tmp_path / "c.yaml"), ["--restarts", "2"])[1].restarts == 2
+    assert choose("torchrun", None, ["--restarts=2"])[1].restarts == 2
 
 
 def test_status_tells_ranks_progress_and_time_left(place, capsys) -> None:

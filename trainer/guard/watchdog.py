@@ -3,7 +3,7 @@
 It ends the process, with stacks in the log and a `hang-rank-N.json` for `orthogon report`, when
 - there was no progress (no new phase) within the patience: a rank hangs, here or elsewhere;
 - a signal came and no step border was reached within `stop_timeout`;
-- torchrun's agent is gone: nobody would collect this rank;
+- who launched it (torchrun's agent, Slurm's step daemon) is gone: nobody would collect this rank;
 - another rank reported one of these: then every rank leaves its stacks behind.
 """
 
@@ -36,14 +36,15 @@ _COLLECTIVE = re.compile(r"\bwait\(|\bdist\.|all_to_all|all_reduce|all_gather|br
 class Watchdog:
     """Watches one rank from a thread of its own, once it is started.
 
+    `launched` ranks have a parent that collects them, and end with it.
     Set as the run goes on: `patience` and `stop_timeout` in seconds, and what else to do at `every_moment`.
     """
 
-    def __init__(self, heart: Heartbeat, flag: Flag, logs: Path, rank: int) -> None:
+    def __init__(self, heart: Heartbeat, flag: Flag, logs: Path, rank: int, launched: bool = False) -> None:
         self.heart, self.flag, self.logs, self.rank = heart, flag, logs, rank
         self.patience = self.stop_timeout = float("inf")
         self.every_moment: Callable[[], None] = lambda: None
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._parent = os.getppid() if launched else None
         self._told_at: float | None = None
         self._border = 0.0
         self._end = threading.Event()

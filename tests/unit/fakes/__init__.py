@@ -27,6 +27,6 @@ class Fake:
     options: dict[str, Any] = field(default_factory=dict)
     """Options that the backend needs to submit here."""
     waits: bool = False
-    """It can wait for other runs (`after`)."""
+    """It can wait for other runs (`after`), as its own tests show."""
     script: str = "resume"
     """A word that `describe` must have in it."""
