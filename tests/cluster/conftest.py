@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 
-from launch import clusters, evidence
+from launch import evidence, handles
 from launch.backends import slurm
-from launch.slurm.options import Slurm
+from launch.choices import choose
+from launch.slurm.options import Options
 from tests.chaos import harness
 from tests.cluster.cluster import Cluster
 from tests.cluster.packages import reason_not_to
 from trainer import config as configuration
 from trainer import runfolder
-from trainer.guard import heartbeat
+from trainer.guard import faults, heartbeat
 
 STEPS = 60
 SETTINGS = ("--guard.stop_timeout=5 s", "--checkpoint.every=5 steps", "--evaluate.every=30 steps")
@@ -138,16 +139,15 @@ def submit(idle, place, monkeypatch) -> Callable[..., Submitted]:
         name: str, *overrides: str, slow: float = 0.0, attempts: tuple[int, ...] = (), after: tuple[str, ...] = (), **asked: Any
     ) -> Submitted:  # fmt: skip
         where = [f" attempt={number}" for number in attempts] or [""]
-        faults = [f"sleep={slow}@step.data times=100000{one}" for one in where] if slow else []
-        monkeypatch.setenv(harness.faults_variable(), "; ".join(faults))
+        slowed = [f"sleep={slow}@step.data times=100000{one}" for one in where] if slow else []
+        monkeypatch.setenv(faults.VARIABLE, "; ".join(slowed))
         config = configuration.load(place / "run.yaml", [f"--name={name}", *SETTINGS, *overrides])
         folder = runfolder.create(config, ["test"])
-        handle = slurm.submit(config, folder, options(**asked), after=after)
+        handle = handles.start(config, folder, "slurm", options(**asked), resume=False, after=after)
         return Submitted(idle, folder, handle)
 
     return make
 
 
-def options(**asked: Any) -> Slurm:
-    _, found = clusters.load("local-test")
-    return replace(found, **asked)
+def options(**asked: Any) -> Options:
+    return replace(choose("slurm", "local-test", [])[1], **asked)

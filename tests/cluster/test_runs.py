@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from launch import handles
 from launch.backends import slurm
 from launch.slurm import suspects
 from tests.cluster.conftest import Submitted, options
@@ -126,22 +127,22 @@ def rank_process(run: Submitted, rank: int) -> int:
 
 def test_a_cancelled_run_saves_ends_and_can_be_resumed(submit, idle, calm) -> None:
     run = submit("cancelled", slow=0.3)
-    with pytest.raises(RunError, match="is pending|is running|being written"):
-        slurm.submit(configuration.load(run.folder / "config.yaml"), run.folder, options(), resume=True)
+    config = configuration.load(run.folder / "config.yaml")
+    with pytest.raises(RunError, match="is pending already|is running already|being written"):
+        handles.start(config, run.folder, "slurm", options(), resume=True)
     run.trains(8)
     dependent = idle.ask(
         "sbatch", "--parsable", f"--dependency=afterok:{run.job}", "--kill-on-invalid-dep=yes", "--wrap=true", "--output=/dev/null"
     )  # fmt: skip
-    assert "told to save" in slurm.cancel(run.folder, run.handle)
+    assert slurm.cancel(run.folder, run.handle, False) == f"asked run cancelled (job {run.job}) to save and end"
     assert run.ends(60) == "FAILED"  # exit code 75: nothing that waits for it may start
     assert run.outcomes() == ["preempted"]
     record = run.records()[0]
     assert record["asked"]
     assert record["checkpoint"] == record["step"] >= 8
     wait_for(lambda: idle.ask("squeue", "--noheader", f"--jobs={dependent}") == "", 30, "the end of the dependent job")
-    assert "is over" in slurm.cancel(run.folder, run.handle)
-    config = configuration.load(run.folder / "config.yaml")
-    again = Submitted(idle, run.folder, slurm.submit(config, run.folder, options(), resume=True))
+    assert "is over" in slurm.cancel(run.folder, run.handle, False)
+    again = Submitted(idle, run.folder, handles.start(config, run.folder, "slurm", options(), resume=True))
     assert again.ends() == "COMPLETED", again.said()
     again.equals(calm)
 
@@ -150,11 +151,11 @@ def test_a_run_is_cancelled_now_and_a_waiting_one_at_once(submit, idle) -> None:
     blocking = high(idle, 600)
     run = submit("waiting")
     run.until(lambda: run.state() == "pending", 30)
-    assert slurm.cancel(run.folder, run.handle) == f"job {run.job} is cancelled"
+    assert slurm.cancel(run.folder, run.handle, False) == f"cancelled run waiting (job {run.job})"
     assert run.ends(30) == "CANCELLED"
     idle.ask("scancel", blocking)
     run = submit("now", slow=0.3)
     run.trains(3)
-    assert slurm.cancel(run.folder, run.handle, now=True) == f"job {run.job} is cancelled"
+    assert slurm.cancel(run.folder, run.handle, True).startswith(f"cancelled run now (job {run.job})")
     assert run.ends(60) == "CANCELLED"
     assert "finished" not in run.outcomes()

@@ -121,8 +121,21 @@ def test_compose_nodes_are_what_the_node_verb_takes() -> None:
     assert "name: two-nodes" in done.stdout
 
 
+def test_compose_slurm_writes_a_configuration(tmp_path) -> None:
+    script = ROOT / "docker" / "start-slurm"
+    service = yaml.safe_load((ROOT / "docker" / "compose.slurm.yaml").read_text())["services"]["slurm"]
+    assert "./start-slurm:/usr/local/bin/start-slurm:ro" in service["volumes"]
+    assert service["entrypoint"][-1] == "/usr/local/bin/start-slurm"
+    where = {"SLURM_ETC": str(tmp_path / "etc"), "SLURM_RUN": str(tmp_path / "run"), "PATH": "/usr/sbin:/usr/bin:/bin"}
+    subprocess.run([script, "--configure-only"], env=where, check=True)
+    text = (tmp_path / "etc" / "slurm.conf").read_text()
+    settings = dict(line.split("=", 1) for line in text.splitlines())
+    assert settings["StateSaveLocation"] == str(tmp_path / "run" / "state")
+    assert re.fullmatch(r"\S+ CPUs=\d+ State=UNKNOWN", settings["NodeName"])
+
+
 def test_scripts_are_sound() -> None:
-    for name in ("entrypoint",):
+    for name in ("entrypoint", "start-slurm"):
         path = ROOT / "docker" / name
         assert path.stat().st_mode & 0o111, name
         assert subprocess.run(["sh", "-n", path], check=False).returncode == 0
