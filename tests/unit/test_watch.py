@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -94,21 +96,21 @@ def test_submit_returns_with_a_run_in_the_ledger_and_says_what_comes_next(place,
     assert len(ledger.refreshed()) == 1
 
 
-def test_of_two_submits_at_once_one_wins(place, capsys) -> None:
-    codes: list[int] = []
+SUBMIT = """
+import sys
+from launch import cli
+from launch.backends import torchrun
+from tests.unit.fakes.torchrun import WAITS
+torchrun._line = lambda folder, options: [sys.executable, "-S", "-c", WAITS, str(folder)]
+cli.main()
+"""
 
-    def one() -> None:
-        try:
-            codes.append(cli.dispatch(["submit", CONFIG, f"--runs={place}/runs", "--name=r"]))
-        except RunError as error:
-            codes.append(error.outcome.code)
 
-    threads = [threading.Thread(target=one) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(codes) == [0, 78, 78]
+def test_of_two_submits_at_once_one_wins(place) -> None:
+    line = [sys.executable, "-c", SUBMIT, "submit", CONFIG, f"--runs={place}/runs", "--name=r"]
+    children = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(3)]
+    said = [child.communicate(timeout=60)[0].decode() for child in children]
+    assert sorted(child.returncode for child in children) == [0, 78, 78], said
     assert [row["state"] for row in ledger.refreshed()] == ["starting"]
 
 
