@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,27 @@ class Whole:
     inputs: tuple[list[Any], ...]
     kinds: tuple[str, ...]
     dtypes: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Add these up over each whole matrix. All sums of a bucket travel in one reduction.
+
+    Attributes:
+        values: the local values, one tensor per parameter.
+        of: "entries": a value per entry, shaped like the shard (..., m_p, n_p). Each matrix, and each block of fused
+            weights, has a sum of its own. "parts": what the shard adds to sums that the rule has begun, in a shape that
+            is the same on all ranks; added over the shards as they are.
+        dtype: in which all is added, also within a shard: float64, or fp32. Then no sum depends on the number of ranks
+            by more than rounding in it.
+
+    The answer is a list of tensors of that dtype, one per parameter: of entries the sum of the matrix that each belongs
+    to, (..., 1, 1), or (..., m_p, 1) where the weights are fused; of parts the sums in the shape given.
+    """
+
+    values: list[Any]
+    of: Literal["entries", "parts"] = "entries"
+    dtype: Any = None  # float64
+
+
+Request = Whole | Sum

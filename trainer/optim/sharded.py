@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from trainer.optim.exchange import Bucket, Crew, answer
 from trainer.optim.options import GROUPING
 from trainer.optim.plan import Stored, buckets, own
+from trainer.optim.requests import Sum
+from trainer.optim.sums import add
 from trainer.registry import alternatives
 
 
@@ -151,7 +153,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         work = rule_of(group["rule"]).update(*self._tensors(parameters, group), {**group, "shapes": shapes})
         request = next(work)
         while request is not None:
-            result = yield from answer(request, bucket, self._rejected)
+            if isinstance(request, Sum):
+                result = yield from add(request, bucket)
+            else:
+                result = yield from answer(request, bucket, self._rejected)
             try:
                 request = work.send(result)
             except StopIteration:
