@@ -71,5 +71,5 @@ def _spread(sums: Tensor, value: Tensor, bucket: Bucket, index: int) -> Tensor:
     ranges = _rows(bucket, index)
     if len(ranges) == 1:
         return sums.unsqueeze(-1)
-    counts = torch.tensor([stop - start for start, stop in ranges], device=value.device)
-    return sums.repeat_interleave(counts, -1, output_size=value.shape[-2]).unsqueeze(-1)
+    pieces = [sums[..., b : b + 1].expand(*sums.shape[:-1], stop - start) for b, (start, stop) in enumerate(ranges)]
+    return torch.cat(pieces, -1).unsqueeze(-1)  # (..., m_p, 1)
