@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -50,4 +50,44 @@ class Sum:
     dtype: Any = None  # float64
 
 
-Request = Whole | Sum
+@dataclass(frozen=True)
+class Turn:
+    """Give me the shards of these matrices along their long sides.
+
+    Attributes:
+        values: local shards, one per parameter, (..., m_p, n_p).
+        turned: per parameter, whether the long layout is the transpose (n, m).
+
+    The answer is a list of (shard, start), one per parameter: the shard (E_p, l_p, s) of the long layout, which starts at
+    row `start` of it. Where the long side is sharded, or nothing is, that is a view of the value and nothing travels.
+    Values travel in their own dtype.
+    """
+
+    values: list[Any]
+    turned: list[bool]
+
+
+@dataclass(frozen=True)
+class Expand:
+    """W <- keep W + by (factor x vectors) for weights in their own layout, from factors in the long one.
+
+    Attributes:
+        weights: local shards, one per parameter, changed in place.
+        factors: per parameter its shard (E_p, l_p, width).
+        vectors: per parameter and block (E_p, r, s of the block).
+        cuts: per parameter its `trainer.optim.sides.Cut`.
+        rejected: per parameter and block (E_p,), bool: matrices whose factor is zero because it was not sound; empty: none.
+
+    Of a turned parameter the factor travels, or the product, whichever is less.
+    """
+
+    weights: list[Any]
+    factors: list[Any]
+    vectors: list[list[Any]]
+    cuts: list[Any]
+    keep: float
+    by: float
+    rejected: list[list[Any]] = field(default_factory=list)
+
+
+Request = Whole | Sum | Turn | Expand
