@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from trainer.optim import ShardedOptimizer
+from trainer.optim.sharded import rule_of
 
 Shape = tuple[int, ...]
 
@@ -100,12 +101,15 @@ def plan_of(rule: str, layout: str) -> str:
 
 
 def calls_of_a_step(rule: str, layout: str, shapes: list[Shape]) -> int:
-    """Exchanges of this rank in one step."""
+    """Exchanges and reductions of this rank in one step."""
     weights, optimizer = build(rule, layout, {}, torch.float32, shapes)
     give_gradients(weights, layout, 1)
-    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange:
+    with (
+        mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchange,
+        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce,
+    ):
         optimizer.step()
-    return exchange.call_count
+    return exchange.call_count + reduce.call_count
 
 
 def missing_gradient_on_one_rank(rule: str) -> bool:
@@ -186,7 +190,8 @@ def split_or_apart(rule: str, layout: str, together: bool) -> torch.Tensor:
     rows = (8, 4, 6)
     parts = [tensor(i, (r, 10), torch.float64) for i, r in enumerate(rows)]
     grads = [[tensor(10 * s + i, (r, 10), torch.float64) for i, r in enumerate(rows)] for s in (1, 2, 3)]
-    options = {"rule": rule, "polar_dtype": "fp64", "weight_decay": 0.1, "lr": 0.1}
+    options = {"rule": rule, "weight_decay": 0.1, "lr": 0.1}
+    options |= {"polar_dtype": "fp64"} if hasattr(rule_of(rule).Options, "polar_dtype") else {}
     if together:
         weights = [nn.Parameter(place(torch.cat(parts), layout))]
         optimizer = ShardedOptimizer([{**options, "params": weights, "blocks": list(rows)}])

@@ -148,6 +148,22 @@ def aligned(x: Any) -> Any:
     return torch.nn.functional.pad(x, (0, -columns % 8, 0, -rows % 8)) if rows % 8 or columns % 8 else x
 
 
+def gram_polar(gram: Any, coefficients: str = "polar-express") -> tuple[Any, Any]:
+    """What to multiply X (..., l, r) by from the right for its polar factor, from X^T X alone.
+
+    Args:
+        gram: (N, r, r), float64: added up from shards of X where these lie on several ranks. Zeros give zeros.
+
+    Returns:
+        (N, r, r), and the squared Frobenius norms (N, 1, 1) of the polar factors.
+    """
+    safety, steps = COEFFICIENTS[coefficients]
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # ||X||^2
+    inverse = torch.where(trace > 0, 1 / (safety * safety * trace), trace)
+    factor = _gram_factor(gram * inverse, steps) * inverse.sqrt()
+    return factor, (factor @ gram @ factor).diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+
+
 def _gram_factor(gram: Any, steps: Steps) -> Any:
     """Q with Q X = the steps applied to X, from X X^T alone: Q <- (a I + b R + c R^2) Q, R the Gram matrix of Q X."""
     factor = None

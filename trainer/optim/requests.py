@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,67 @@ class Whole:
     inputs: tuple[list[Any], ...]
     kinds: tuple[str, ...]
     dtypes: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Add these up over each whole matrix. All sums of a bucket travel in one reduction.
+
+    Attributes:
+        values: the local values, one tensor per parameter.
+        of: "entries": a value per entry, shaped like the shard (..., m_p, n_p). Each matrix, and each block of fused
+            weights, has a sum of its own. "parts": what the shard adds to sums that the rule has begun, in a shape that
+            is the same on all ranks; added over the shards as they are.
+        dtype: in which all is added, also within a shard: float64, or fp32. Then no sum depends on the number of ranks
+            by more than rounding in it.
+
+    The answer is a list of tensors of that dtype, one per parameter: of entries the sum of the matrix that each belongs
+    to, (..., 1, 1), or (..., m_p, 1) where the weights are fused; of parts the sums in the shape given.
+    """
+
+    values: list[Any]
+    of: Literal["entries", "parts"] = "entries"
+    dtype: Any = None  # float64
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Give me the shards of these matrices along their long sides.
+
+    Attributes:
+        values: local shards, one per parameter, (..., m_p, n_p).
+        turned: per parameter, whether the long layout is the transpose (n, m).
+
+    The answer is a list of (shard, start), one per parameter: the shard (E_p, l_p, s) of the long layout, which starts at
+    row `start` of it. Where the long side is sharded, or nothing is, that is a view of the value and nothing travels.
+    Values travel in their own dtype.
+    """
+
+    values: list[Any]
+    turned: list[bool]
+
+
+@dataclass(frozen=True)
+class Expand:
+    """W <- keep W + by (factor x vectors) for weights in their own layout, from factors in the long one.
+
+    Attributes:
+        weights: local shards, one per parameter, changed in place.
+        factors: per parameter its shard (E_p, l_p, width).
+        vectors: per parameter and block (E_p, r, s of the block).
+        cuts: per parameter its `trainer.optim.sides.Cut`.
+        rejected: per parameter and block (E_p,), bool: matrices whose factor is zero because it was not sound; empty: none.
+
+    Of a turned parameter the factor travels, or the product, whichever is less.
+    """
+
+    weights: list[Any]
+    factors: list[Any]
+    vectors: list[list[Any]]
+    cuts: list[Any]
+    keep: float
+    by: float
+    rejected: list[list[Any]] = field(default_factory=list)
+
+
+Request = Whole | Sum | Turn | Expand

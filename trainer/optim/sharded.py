@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, replace
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -17,6 +17,9 @@ from torch.distributed.tensor import DTensor
 from trainer.optim.exchange import Bucket, Crew, answer
 from trainer.optim.options import GROUPING
 from trainer.optim.plan import Stored, buckets, own
+from trainer.optim.requests import Request, Sum, Turn, Whole
+from trainer.optim.sums import add
+from trainer.optim.turn import expand, turn
 from trainer.registry import alternatives
 
 
@@ -62,8 +65,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             rule = rule_of(group["rule"])
             for position, parameter in enumerate(group["params"]):
-                _check(self._name(index, position), parameter, group, orthogonalizes(rule))
-                state = rule.init_state(_logical(parameter, group), group)
+                name = self._name(index, position)
+                _check(name, parameter, group, orthogonalizes(rule))
+                try:
+                    state = rule.init_state(_logical(parameter, group), group)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
                 self.state[parameter] = {key: _logical(value, group) for key, value in state.items()}
         if not self.state:
             raise ValueError("the optimizer was given no parameters; is an iterator used up?")
@@ -151,11 +158,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         work = rule_of(group["rule"]).update(*self._tensors(parameters, group), {**group, "shapes": shapes})
         request = next(work)
         while request is not None:
-            result = yield from answer(request, bucket, self._rejected)
+            result = yield from self._answer(request, bucket)
             try:
                 request = work.send(result)
             except StopIteration:
                 request = None
+
+    def _answer(self, request: Request, bucket: Bucket) -> Generator[None, None, Any]:
+        if isinstance(request, Whole):
+            return (yield from answer(request, bucket, self._rejected))
+        if isinstance(request, Sum):
+            return (yield from add(request, bucket))
+        if isinstance(request, Turn):
+            return (yield from turn(request, bucket))
+        return (yield from expand(request, bucket, self._rejected))
 
     def _tensors(
         self, parameters: list[Tensor], group: dict[str, Any]
