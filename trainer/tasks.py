@@ -144,6 +144,15 @@ def probe(arguments: Namespace, overrides: list[str]) -> None:
         write_json(arguments.answer / "answer.json", fact)
 
 
+def laws(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer.laws.report import fit
+
+    fit(
+        arguments.target, noise=arguments.noise, draws=arguments.draws, seed=arguments.seed, baseline=arguments.baseline,
+        figure=arguments.figure, as_json=arguments.json,
+    )  # fmt: skip
+
+
 def finish(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.finish import finish as finished
 
@@ -188,6 +197,15 @@ def _answer_options(parser: ArgumentParser) -> None:
     parser.add_argument("--answer", type=Path, required=True)
 
 
+def _laws_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--noise", type=float, default=None)
+    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--baseline", default=None)
+    parser.add_argument("--figure", type=Path, default=None)
+    parser.add_argument("--json", action="store_true")
+
+
 def _generate_options(parser: ArgumentParser) -> None:
     _weights_options(parser)
     parser.add_argument("--prompt", action="append", default=[])
@@ -211,13 +229,14 @@ TASKS: dict[str, Task] = {
     "generate": Task("continue prompts", generate, _generate_options),
     "shapes": Task("shapes of parameters and state, bytes of activations", shapes, _answer_options),
     "probe": Task("what torch sees of this machine; `all-reduce-DEVICE` on every rank", probe, _answer_options),
+    "laws": Task("fit scaling laws to a table of points", laws, _laws_options),
     "finish": Task("verify, export, figure, sample", finish),
 }
 
 
 def run(name: str, arguments: Namespace, overrides: list[str]) -> Any:
     """Do a task."""
-    if name not in ("prepare", "probe"):
+    if name not in ("prepare", "probe", "laws"):
         from transformers.utils import logging
 
         logging.disable_progress_bar()

@@ -30,6 +30,7 @@ VERBS = {
     "checkpoint verify": "checkpoint:Verify",
     "checkpoint export": "checkpoint:Export",
     "checkpoint average": "checkpoint:Average",
+    "laws fit": "laws:Fit",
     "doctor": "doctor:Doctor",
     "data prepare": "data:Prepare",
     "data verify": "data:Verify",
