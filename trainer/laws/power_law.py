@@ -19,7 +19,7 @@ PARAMETERS = 3
 EXPONENTS = (1e-3, 10.0)
 """Least and largest exponent: below, x^-B cannot be told from a logarithm; above, from a step."""
 GRID = 97
-GOLDEN_STEPS = 26
+GOLDEN_STEPS = 20
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -51,8 +51,7 @@ def fit_many(x: Array, y: Array) -> Fits:
     middle = float(np.exp(np.log(x).mean()))  # a fit in other units of x then differs in A alone
     u = np.log(x / middle)
     edges = np.linspace(np.log(EXPONENTS[0]), np.log(EXPONENTS[1]), GRID)
-    squares = np.stack([_project(np.exp(-np.exp(t) * u)[None, :], y)[0] for t in edges], axis=1)  # (R, GRID)
-    best = squares.argmin(axis=1)
+    best = _squares(np.exp(-np.exp(edges)[:, None] * u[None, :]), y).argmin(axis=1)
     low, high = edges[np.maximum(best - 1, 0)], edges[np.minimum(best + 1, GRID - 1)]
     t = _golden(lambda t: _project(np.exp(-np.exp(t)[:, None] * u[None, :]), y)[0], low, high)
     b = np.exp(t)
@@ -60,8 +59,24 @@ def fit_many(x: Array, y: Array) -> Fits:
     return Fits(a * middle**b, b, c, squares)
 
 
+def _squares(g: Array, y: Array) -> Array:
+    """(R, M) sums of squares of `_project` for the same M rows of x^-B, `g` (M, n), in all R copies: matrix products."""
+    mean_g, mean_y = g.mean(axis=1), y.mean(axis=1)
+    centred_g, centred_y = g - mean_g[:, None], y - mean_y[:, None]
+    across, within = centred_y @ centred_g.T, (centred_g**2).sum(axis=1)
+    a = across / within
+    c = mean_y[:, None] - a * mean_g
+    ceiling = y.min(axis=1)[:, None]
+    free = (centred_y**2).sum(axis=1)[:, None] - across * a
+    bound = np.where(c < 0, 0.0, ceiling)
+    above = (centred_y**2).sum(axis=1)[:, None] + y.shape[1] * (mean_y[:, None] - bound) ** 2  # of y - bound
+    along = np.maximum(y @ g.T - bound * g.sum(axis=1), 0.0)
+    bounded = above - along**2 / (g**2).sum(axis=1)
+    return np.asarray(np.where((a >= 0) & (c >= 0) & (c <= ceiling), free, bounded))
+
+
 def _project(g: Array, y: Array) -> tuple[Array, Array, Array]:
-    """The best A and C for given x^-B. `g` is (R, n) or (1, n), `y` (R, n); returns squares, A, C of shape (R,).
+    """The best A and C for given x^-B. `g` and `y` are (R, n); returns squares, A, C of shape (R,).
 
     The problem is convex in (A, C): where the free optimum breaks a bound, the answer lies on a bound of C.
     """
