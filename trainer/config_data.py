@@ -58,6 +58,16 @@ class SourceConfig:
         float,
         Field(gt=0, lt=1, description="Share of the documents held back for validation, chosen by a hash of the text."),
     ] = 0.02
+    test_path: Annotated[
+        str | list[str] | None,
+        Field(description="Text of the test split, which only `orthogon evaluate --split test` reads."),
+    ] = None
+    test_fraction: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None,
+        Field(
+            description="Share of the documents held back for the test split, by the same hash; none makes no such split."
+        ),
+    ] = None
     subset_tokens: Annotated[
         Annotated[Count, Field(gt=0)] | None,
         Field(description="Train on exactly so many tokens, in whole sequences; a larger subset holds every smaller one "

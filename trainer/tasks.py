@@ -68,7 +68,7 @@ def evaluate(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.evaluate.task import evaluate as evaluated
 
     config = runfolder.open_run(arguments.target, overrides)
-    answer = evaluated(arguments.target, config, arguments.step, arguments.export, arguments.tasks)
+    answer = evaluated(arguments.target, config, arguments.step, arguments.export, arguments.tasks, arguments.split)
     if distributed.rank() == 0:
         write_json(arguments.answer / "answer.json", answer)
     distributed.stop()
@@ -182,6 +182,7 @@ def _average_options(parser: ArgumentParser) -> None:
 def _evaluate_options(parser: ArgumentParser) -> None:
     _weights_options(parser)
     parser.add_argument("--tasks", type=Path, nargs="*", default=[])
+    parser.add_argument("--split", choices=["validation", "test"], default="validation")
     parser.add_argument("--answer", type=Path, required=True)
 
 

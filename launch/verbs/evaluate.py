@@ -6,7 +6,7 @@ import importlib.util
 import json as json_format
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import arg
 
@@ -34,6 +34,8 @@ class Evaluate:
     """A folder with YAML files of further lm-eval tasks."""
     limit: int | None = None
     """First so many questions of each lm-eval task."""
+    split: Literal["validation", "test"] = "validation"
+    """The text that the loss is measured on; `test` needs `data.test_path` or `data.test_fraction`, set before training."""
     step: Step = None
     export: Export = None
     json: Json = False
@@ -54,7 +56,7 @@ class Evaluate:
                 raise RunError(f"there is no task {task}", where="command line, --tasks", mend="check the path")
         chosen = weights(folder, self.step, self.export)
         tasks = ["--tasks", *map(str, self.tasks)] if self.tasks else []
-        found = torchrun.answer(config, "evaluate", str(folder), *chosen, *overrides, *tasks)
+        found = torchrun.answer(config, "evaluate", str(folder), *chosen, *overrides, *tasks, f"--split={self.split}")
         if self.lm_eval:
             more = ["--tasks", *self.lm_eval]
             more += [f"--include={self.lm_eval_folder}"] if self.lm_eval_folder is not None else []
@@ -69,13 +71,14 @@ class Evaluate:
 
 def show(found: dict[str, Any]) -> None:
     """Print the results for people."""
-    validation = found["validation"]
+    split = "test" if "test" in found else "validation"
+    measured = found[split]
     trained = f" after {found['sequences_trained_on']:,} sequences" if "step" in found else ""
     print(f"run {found['run']}, {found.get('checkpoint') or found['export']}{trained}")
+    unigram = f", {measured['share_of_unigram']:.1%} of the unigram entropy" if "share_of_unigram" in measured else ""
     print(
-        f"validation  loss {validation['loss']:.4f}  {validation['bits_per_byte']:.4f} bits per byte, "
-        f"{validation['share_of_unigram']:.1%} of the unigram entropy "
-        f"({validation['tokens']:,} tokens, {validation['bytes']:,} bytes)"
+        f"{split}  loss {measured['loss']:.4f}  {measured['bits_per_byte']:.4f} bits per byte{unigram} "
+        f"({measured['tokens']:,} tokens, {measured['bytes']:,} bytes)"
     )
     if "tasks" in found:
         width = max([4, *map(len, found["tasks"])])

@@ -17,13 +17,14 @@ from trainer.outcome import RunError
 
 
 def evaluate(
-    folder: str, tasks: list[str], overrides: list[str], step: int | None = None, export: str | None = None
-) -> dict[str, Any]:
+    folder: str, tasks: list[str], overrides: list[str], step: int | None = None, export: str | None = None,
+    split: str = "validation",
+) -> dict[str, Any]:  # fmt: skip
     """What `orthogon evaluate` finds; an orderly error as its text."""
     try:
         config = runfolder.open_run(Path(folder), overrides)
         source = Path(export) if export is not None else None
-        return evaluated(Path(folder), config, step, source, [Path(task) for task in tasks])
+        return evaluated(Path(folder), config, step, source, [Path(task) for task in tasks], split)
     except RunError as error:
         return {"error": str(error)}
 

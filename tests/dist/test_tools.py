@@ -92,6 +92,28 @@ def test_evaluation_is_the_same_on_1_2_3_ranks_and_equals_the_trainers(group, ti
     assert earlier["sequences_trained_on"] == 80
 
 
+def test_the_test_split_is_measured_where_there_is_one_and_is_no_validation(group, tiny, tmp_path) -> None:
+    """Two equal runs that hold back the same two texts, with their parts exchanged."""
+    text = (tiny.place / "corpus.txt").read_text().split("\n\n")
+    for name, some in (("rest", text[12:]), ("a", text[:6]), ("b", text[6:12])):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(some))
+    found = {}
+    for validation, test in ("ab", "ba"):
+        paths = {"path": "rest", "validation_path": validation, "test_path": test}
+        data = [f"--data.{key}={tmp_path}/{name}.txt" for key, name in paths.items()]
+        run = group(1, bodies_run.train, tiny.yaml, [f"--name=held-{test}", "--train.length=1 steps", *data])[0]
+        assert run["outcome"] == "finished"
+        folder = str(tiny.place / f"runs/held-{test}")
+        for split, name in (("validation", validation), ("test", test)):
+            found[split, name] = group(1, bodies_tools.evaluate, folder, [], [], None, None, split)[0][split]
+    for name in "ab":
+        assert found["validation", name].pop("share_of_unigram") > 0
+        assert found["validation", name] == found["test", name]
+    assert found["test", "a"]["loss"] != found["test", "b"]["loss"]
+    refused = group(1, bodies_tools.evaluate, str(tiny.folder), [], [], None, None, "test")[0]
+    assert "the table of data has no test split" in refused["error"]
+
+
 def test_a_batch_of_choices_is_the_same_rows_on_any_number_of_ranks(group) -> None:
     answers = [group(w, bodies_tools.likelihoods_of_a_model_that_sees_its_batch)[0] for w in (1, 2, 3)]
     assert answers[0] == answers[1] == answers[2]

@@ -198,10 +198,10 @@ def test_restart_keeps_finished_parts_and_ends_the_same(tmp_path, monkeypatch):
     whole = prepare(config(tmp_path, folder=str(tmp_path / "whole")), quiet)
     real, calls = module._make_part, []
 
-    def dying(entries, tokenizer, path, say):
+    def dying(entries, tokenizer, path, splits, say):
         if path.name == "part-00002.npz":
             raise KeyboardInterrupt
-        return real(entries, tokenizer, path, say)
+        return real(entries, tokenizer, path, splits, say)
 
     monkeypatch.setattr(module, "_make_part", dying)
     with pytest.raises(KeyboardInterrupt):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trainer.config import SourceConfig
 from trainer.data.corpus import documents
+from trainer.data.overlap import WINDOW, seen_in_training
 from trainer.data.pack import encode, pack
 from trainer.data.readers import Document
 from trainer.data.tokenizer import given_digest, load_tokenizer
@@ -24,7 +25,6 @@ from trainer.outcome import RunError
 
 FORMAT = 3
 PART_BYTES = 32 << 20
-SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,20 @@ def make_table(recipe: Recipe, work: Path, say: Callable[[str], None]) -> None:
     tokenizer = load_tokenizer(work / "tokenizer")
     count, left_out = _make_parts(recipe.source, tokenizer, work, say)
     if left_out:
-        say(f"left out of training: {left_out:,} documents that are also in the validation text")
+        say(f"left out: {left_out:,} documents that are also in the text that is held back")
     if recipe.still() != recipe.key:
         raise RunError("the corpus changed while it was prepared", where="data.path", mend="start again")
     parts = [work / f"part-{index:05d}.npz" for index in range(count)]
-    splits = {split: _pack_split(split, parts, recipe, work, len(tokenizer)) for split in SPLITS}
-    counts = splits["validation"].pop("histogram")
-    splits["train"].pop("histogram")
+    splits = {split: _pack_split(split, parts, recipe, work, len(tokenizer)) for split in splits_of(recipe.source)}
+    counts = {split: facts.pop("histogram") for split, facts in splits.items()}
+    seen = seen_in_training(parts, splits_of(recipe.source)[1:])
     corpus = "".join(read_json(part.with_suffix(".json"))["text_sha256"] for part in parts)
     facts = {
         "format": FORMAT,
         "key": recipe.key,
         "path": recipe.source.path,
         "validation_path": recipe.source.validation_path,
+        "test_path": recipe.source.test_path,
         "python": platform.python_version(),
         "corpus_digest": hashlib.sha256(corpus.encode()).hexdigest(),
         "tokenizer_digest": given_digest(str(recipe.tokenizer)),
@@ -79,32 +80,56 @@ def make_table(recipe: Recipe, work: Path, say: Callable[[str], None]) -> None:
         "sequence_length": recipe.sequence_length,
         "splits": splits,
         "left_out_of_training": left_out,
-        "unigram_bits_per_byte": unigram_bits(counts) / max(splits["validation"]["bytes"], 1),
+        "seen_in_training": seen,
+        "unigram_bits_per_byte": unigram_bits(counts["validation"]) / max(splits["validation"]["bytes"], 1),
     }
     write_json(work / "table.json", facts)
     _remove_parts(work)
-    say(
-        f"prepared {splits['train']['sequences']:,} training and {splits['validation']['sequences']:,} validation sequences"
-    )
+    say("prepared " + ", ".join(f"{facts['sequences']:,} {split}" for split, facts in splits.items()) + " sequences")
+    for split, share in seen.items():
+        say(f"{share:.2%} of the windows of {WINDOW} tokens in {split} also occur in training")
+
+
+def splits_of(source: SourceConfig) -> tuple[str, ...]:
+    """The splits that a source is divided into, training first."""
+    test = source.test_path is not None or source.test_fraction is not None
+    return ("train", "validation", "test") if test else ("train", "validation")
 
 
 def divided(source: SourceConfig) -> Iterator[tuple[str, Document]]:
-    """Every document with its split: train, validation, or "" for one left out of training.
+    """Every document with its split, or with "" for one that is left out because it is held back elsewhere.
 
-    Equal texts fall on the same side, so that the splits are disjoint.
+    Equal texts fall on the same side, so that the splits are disjoint: test goes before validation, and both before train.
+
+    Raises:
+        RunError: the fractions leave nothing to train on.
     """
     assert source.path is not None
-    if source.validation_path is None:
-        for document in documents(source, source.path):
-            share = int(hashlib.sha256(document.text.encode()).hexdigest()[:8], 16) / 2**32
-            yield ("validation" if share < source.validation_fraction else "train"), document
-        return
-    held_back = set()
-    for document in documents(source, source.validation_path):
-        held_back.add(hashlib.sha256(document.text.encode()).digest())
-        yield "validation", document
+    shares = {"validation": 0.0 if source.validation_path is not None else source.validation_fraction}
+    shares["test"] = 0.0 if source.test_path is not None else source.test_fraction or 0.0
+    if sum(shares.values()) >= 1:
+        raise RunError(
+            f"validation and test together are {sum(shares.values()):g} of the documents",
+            where="data.validation_fraction, data.test_fraction",
+            mend="leave some for training",
+        )
+    held_back: set[bytes] = set()
+    for split, path in (("test", source.test_path), ("validation", source.validation_path)):
+        own = set()
+        for document in documents(source, path) if path is not None else ():
+            text = hashlib.sha256(document.text.encode()).digest()
+            own.add(text)
+            yield ("" if text in held_back else split), document
+        held_back |= own
     for document in documents(source, source.path):
-        yield ("" if hashlib.sha256(document.text.encode()).digest() in held_back else "train"), document
+        text = hashlib.sha256(document.text.encode()).digest()
+        place = int.from_bytes(text[:4], "big") / 2**32
+        if text in held_back:
+            yield "", document
+        elif place < shares["validation"]:
+            yield "validation", document
+        else:
+            yield ("test" if place < sum(shares.values()) else "train"), document
 
 
 def unigram_bits(counts: NDArray[np.int64]) -> float:
@@ -135,7 +160,7 @@ def _make_parts(source: SourceConfig, tokenizer: Any, work: Path, say: Callable[
 
     def flush() -> None:
         nonlocal index, size
-        _make_part(waiting, tokenizer, work / f"part-{index:05d}.npz", say)
+        _make_part(waiting, tokenizer, work / f"part-{index:05d}.npz", splits_of(source), say)
         waiting.clear()
         index, size = index + 1, 0
 
@@ -152,7 +177,9 @@ def _make_parts(source: SourceConfig, tokenizer: Any, work: Path, say: Callable[
     return index, left_out
 
 
-def _make_part(entries: list[tuple[str, Document]], tokenizer: Any, path: Path, say: Callable[[str], None]) -> None:
+def _make_part(
+    entries: list[tuple[str, Document]], tokenizer: Any, path: Path, splits: tuple[str, ...], say: Callable[[str], None]
+) -> None:
     text_digest = hashlib.sha256()
     for split, document in entries:
         text_digest.update(f"{split}\0{document.name}\0{document.text}\0".encode())
@@ -163,15 +190,15 @@ def _make_part(entries: list[tuple[str, Document]], tokenizer: Any, path: Path, 
             say(f"{path.name} is there already")
             return
     arrays: dict[str, NDArray[Any]] = {}
-    for split in SPLITS:
+    for split in splits:
         texts = [document.text for where, document in entries if where == split]
         arrays[f"{split}_tokens"], arrays[f"{split}_bytes"] = encode(tokenizer, texts)
     with open(path, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
     fsync_file(path)
-    counted = {split: sum(where == split for where, _ in entries) for split in SPLITS}
+    counted = {split: sum(where == split for where, _ in entries) for split in splits}
     write_json(record, {"text_sha256": text_digest.hexdigest(), "sha256": sha256_file(path), "documents": counted})
-    say(f"tokenized {path.name}: {sum(len(arrays[f'{s}_tokens']) for s in SPLITS):,} tokens")
+    say(f"tokenized {path.name}: {sum(len(arrays[f'{s}_tokens']) for s in splits):,} tokens")
 
 
 def _pack_split(split: str, parts: list[Path], recipe: Recipe, work: Path, vocab_size: int) -> dict[str, Any]:
@@ -181,8 +208,9 @@ def _pack_split(split: str, parts: list[Path], recipe: Recipe, work: Path, vocab
         raise RunError(
             f"the {split} split of {recipe.source.path} has {facts['dropped_tokens']} tokens, less than one sequence of "
             f"{recipe.sequence_length}",
-            where="data.path" if split == "train" else "data.validation_fraction",
-            mend="give more text, a smaller data.sequence_length, or another data.validation_fraction"
+            where="data.path" if split == "train" else f"data.{split}_fraction",
+            mend="give more text, a smaller data.sequence_length, or another data."
+            + ("validation_fraction" if split == "train" else f"{split}_fraction")
             + ("" if recipe.source.documents != "file" else ", or data.documents: paragraph"),
         )
     if facts["max_token"] >= vocab_size:

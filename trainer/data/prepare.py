@@ -21,8 +21,10 @@ from trainer.data.tokenizer import given_digest, load_tokenizer, train_bpe
 from trainer.files import digest, fsync_file, fsync_folder, read_json, write_json
 from trainer.outcome import Outcome, RunError
 
-# What the documents of a source, and their split, depend on.
+# What the documents of a source, and their split, depend on; of the test split only where there is one.
 _DOCUMENTS = ("path", "documents", "text_key", "validation_path", "validation_fraction")
+_TEST = ("test_path", "test_fraction")
+_PATHS = ("path", "validation_path", "test_path")
 
 
 def prepare(config: DataConfig, say: Callable[[str], None]) -> dict[str, Path]:
@@ -67,8 +69,9 @@ def tokenizer_key(config: DataConfig) -> str:
 
 
 def _documents_key(source: SourceConfig) -> dict[str, Any]:
-    paths = [path for path in (source.path, source.validation_path) if path is not None]
+    paths = [path for name in _PATHS if (path := getattr(source, name)) is not None]
     settings = {name: getattr(source, name) for name in _DOCUMENTS}
+    settings |= {name: value for name in _TEST if (value := getattr(source, name)) is not None}
     return settings | {"files": [fingerprint(path) for path in paths]}
 
 
@@ -108,11 +111,11 @@ def _pinned(source: SourceConfig, folder: Path) -> SourceConfig:
     """The source with the commits of its hub names fixed; a restart takes those of the first start."""
     record = folder / "table.json" if _is_made(folder) else _work(folder) / "pinned.json"
     if not record.exists():
-        paths = {key: pinned(getattr(source, key)) for key in ("path", "validation_path")}
+        paths = {key: pinned(getattr(source, key)) for key in _PATHS}
         record.parent.mkdir(exist_ok=True)
         write_json(record, paths)
     fixed = read_json(record)
-    return replace(source, path=fixed["path"], validation_path=fixed["validation_path"])
+    return replace(source, **{key: fixed.get(key) for key in _PATHS})
 
 
 def _tokenizer_folder(config: DataConfig, say: Callable[[str], None]) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,23 @@ class Data:
         density = {name: split["bytes"] / max(split["tokens"], 1) for name, split in splits.items()}
         bits = sum(float(w) * values[name] * density[name] for name, w in self.weights.items())
         return bits / sum(float(w) * density[name] for name, w in self.weights.items())
+
+    def tested(self) -> Data:
+        """The same with the test split in place of validation.
+
+        Raises:
+            RunError: a table without one.
+        """
+        splits = {}
+        for name, table in self.tables.items():
+            if table.test is None:
+                raise RunError(
+                    f"the table of {name} has no test split",
+                    where=str(table.folder),
+                    mend="set data.test_path or data.test_fraction before training: what is trained on is no test",
+                )
+            splits[name] = table.test
+        return replace(self, validation=splits)
 
     def identity(self) -> dict[str, Any]:
         """What makes a stream of data the same stream."""

@@ -61,6 +61,7 @@ class Table:
     facts: dict[str, Any]
     train: Split
     validation: Split
+    test: Split | None = None
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
@@ -138,4 +139,5 @@ def open_table(folder: Path, config: DataConfig) -> Table:
                 where=str(folder),
                 mend="prepare the table again with the right tokenizer",
             )
-    return Table(folder, facts, *(Split(folder / facts["splits"][name]["file"]) for name in ("train", "validation")))
+    splits = {name: Split(folder / split["file"]) for name, split in facts["splits"].items()}
+    return Table(folder, facts, **splits)

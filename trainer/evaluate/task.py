@@ -39,9 +39,11 @@ class Evaluation:
 
 
 def evaluate(
-    folder: Path, config: RunConfig, step: int | None, export: Path | None, tasks: list[Path]
+    folder: Path, config: RunConfig, step: int | None, export: Path | None, tasks: list[Path], split: str = "validation"
 ) -> dict[str, Any]:
-    """Evaluate the checkpoint of `step` (none: the newest), or the weights of `export`; collective over all ranks.
+    """Evaluate the checkpoint of `step` (none: the newest), or the weights of `export`, on `split` (validation or test).
+
+    Collective over all ranks.
 
     Raises:
         RunError: on all ranks alike: no such checkpoint, a task that cannot be read, other data than the run's.
@@ -52,6 +54,8 @@ def evaluate(
     rank, world = distributed.rank(), distributed.world()
     questions = distributed.on_rank_zero(lambda: {str(path): read_questions(path) for path in tasks})
     opened = setup.open_data(config, folder, Progress(False, 0))
+    if split == "test":
+        opened = distributed.together(opened.tested)
     if config.parallel.name == "deepspeed":  # it trains; its checkpoints are those of all strategies
         config = replace(config, parallel=fsdp2.Options())
     # Compiling for a few forwards costs more than it saves, and the machine may have no compiler.
@@ -71,22 +75,20 @@ def evaluate(
         source = {"export": str(export)}
     strategy.connect(model, None)
     rows = 8 if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
-    shown.stage("validation loss")
+    shown.stage(f"{split} loss")
     borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
     validation = {n: Batches(split, rank, world, rows, 1, borders) for n, split in opened.validation.items()}
     results = validation_losses(Evaluation(config, opened, model, strategy, validation, device))
     loss, value = mixed(results, opened.weights)
-    answer: dict[str, Any] = {
-        "run": folder.name,
-        **source,
-        "validation": {
-            "loss": loss, "bits_per_byte": value, "share_of_unigram": value / opened.unigram_bits_per_byte,
-            "tokens": sum(result.tokens for result in results.values()),
-            "bytes": sum(result.bytes for result in results.values()),
-        },
+    measured = {
+        "loss": loss, "bits_per_byte": value,
+        "tokens": sum(result.tokens for result in results.values()), "bytes": sum(result.bytes for result in results.values()),
     }  # fmt: skip
+    if split == "validation":
+        measured["share_of_unigram"] = value / opened.unigram_bits_per_byte
+    answer: dict[str, Any] = {"run": folder.name, **source, split: measured}
     if len(results) > 1:
-        answer["validation"]["sources"] = {
+        answer[split]["sources"] = {
             name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte, "tokens": r.tokens} for name, r in results.items()
         }
     if questions:
