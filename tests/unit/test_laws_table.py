@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch import cli
+from trainer.laws.figure import laws_figure
+from trainer.laws.nested import limits
 from trainer.laws.points import read
 from trainer.outcome import RunError
 
@@ -118,3 +120,10 @@ def test_the_command_refuses_with_one_sentence_and_78(tmp_path, capsys) -> None:
     for option in ("--noise=0", "--draws=10", "--seed=-1"):
         with pytest.raises(RunError, match="noise|draws|seed"):
             cli.dispatch(["laws", "fit", "points.csv", option])
+
+
+@pytest.mark.parametrize("target", ["laws.nonsense", "points.csv/laws.png"])
+def test_a_figure_that_cannot_be_written_is_one_sentence(tmp_path, target) -> None:
+    fits = {"": limits(read(table(tmp_path, SINGLE))[""], draws=100)}
+    with pytest.raises(RunError, match="the figure cannot be written"):
+        laws_figure(fits, tmp_path / target, "points")

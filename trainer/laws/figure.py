@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 
 from trainer.laws.nested import INTERVAL, Law, Limits
+from trainer.outcome import RunError
 
 WORDS = {"k": "members, K", "n": "parameters, N", "d": "tokens, D"}
 LEGEND_ROWS = 12
 
 
 def laws_figure(fits: dict[str, Limits], target: Path, heading: str) -> None:
-    """One panel per axis, the innermost first; a colour for each law, the dashed line its limit."""
+    """One panel per axis, the innermost first; a colour for each law, the dashed line its limit.
+
+    Raises:
+        RunError: the file cannot be written, or its ending is no format of matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,9 +43,15 @@ def laws_figure(fits: dict[str, Limits], target: Path, heading: str) -> None:
         if number <= LEGEND_ROWS:
             panel.legend(fontsize=7)
     figure.suptitle(heading)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, bbox_inches="tight")
-    plt.close(figure)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, bbox_inches="tight")
+    except (OSError, ValueError) as error:  # matplotlib refuses an unknown ending with a ValueError
+        raise RunError(
+            f"the figure cannot be written: {error}", where=str(target), mend="name a .png in a folder you may write to"
+        ) from None
+    finally:
+        plt.close(figure)
 
 
 def _draw(panel: Any, recipe: str, law: Law, colour: str) -> None:
