@@ -108,9 +108,20 @@ def ours(arguments: argparse.Namespace, place: Path) -> list[float]:
     return (sums / (arguments.batches * arguments.tokens)).tolist()
 
 
-def memory(name: str, place: Path) -> int:
+def write_members(arguments: argparse.Namespace, place: Path) -> None:
+    from safetensors.torch import save_file
+
+    for k in range(arguments.members):
+        save_file(made(arguments, k).state_dict(), place / f"{k}.safetensors")
+
+
+def apart(name: str, place: Path) -> int:
+    """Do something in a process of its own; returns by how much its memory rose.
+
+    To be called while this process is small: a peak begins with what the parent holds.
+    """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, __file__, *sys.argv[1:], f"--measure={name}", f"--place={place}"]
+    command = [sys.executable, __file__, *sys.argv[1:], f"--apart={name}", f"--place={place}"]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     rise: int = json.loads(answer.stdout.splitlines()[-1])
     return rise
@@ -124,23 +135,20 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--apart", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    works = {"loop": loop, "ours": ours}
-    if arguments.measure:
+    works: dict[str, Any] = {"loop": loop, "ours": ours, "write": write_members}
+    if arguments.apart:
         made(argparse.Namespace(width=8, vocabulary=16, tokens=8), 0)  # what imports take is no part of it
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        works[arguments.measure](arguments, arguments.place)
+        works[arguments.apart](arguments, arguments.place)
         print(json.dumps(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
         return
-    from safetensors.torch import save_file
-
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        for k in range(arguments.members):
-            save_file(made(arguments, k).state_dict(), place / f"{k}.safetensors")
-        rises = {name: memory(name, place) for name in NAMES}
+        apart("write", place)
+        rises = {name: apart(name, place) for name in NAMES}
         times: dict[str, list[float]] = {name: [] for name in NAMES}
         found: dict[str, list[float]] = {}
         for count in range(arguments.rounds + 1):

@@ -210,7 +210,9 @@ def test_excess_of_members_with_independent_noise_falls_as_one_over_k() -> None:
     identity = torch.eye(VOCABULARY, dtype=torch.float64)
     members = [Dense(true + one, identity) for one in noise]
     subsets = [(k,) for k in range(6)] + [(0, 1), (2, 3), (4, 5), (0, 1, 2), (3, 4, 5), tuple(range(6))]
-    losses = subset_losses([*members, Dense(true, identity)], targets, [*subsets, (6,)], VOCABULARY, tokens=999, columns=9)
+    losses = subset_losses(
+        [*members, Dense(true, identity)], targets, [*subsets, (6,)], VOCABULARY, tokens=999, columns=9
+    )
     excess = (losses[0] - losses[0, -1]).mean(1)
     sizes = np.array([1, 2, 3, 6])
     means = [float(excess[[i for i, s in enumerate(subsets) if len(s) == size]].mean()) for size in sizes]
@@ -228,10 +230,13 @@ def run(runs: Path, name: str, seed: int, **changes) -> None:
     (folder / "config.yaml").write_text("")
     vocabulary = {str(i): i for i in range(changes.get("words", 10))}
     (folder / "tokenizer").mkdir()
-    write_json(folder / "tokenizer/tokenizer.json", {"model": {"vocab": vocabulary}, "added_tokens": [{"content": "0"}]})
+    write_json(
+        folder / "tokenizer/tokenizer.json", {"model": {"vocab": vocabulary}, "added_tokens": [{"content": "0"}]}
+    )
     value = changes.get("value", seed)
     save_file(
-        {"model.w": np.full((2, 2), value, np.float32), "optim.m": np.full(2, seed, np.float32)}, generation / "a.safetensors"
+        {"model.w": np.full((2, 2), value, np.float32), "optim.m": np.full(2, seed, np.float32)},
+        generation / "a.safetensors",
     )
     size = (generation / "a.safetensors").stat().st_size
     manifests.write(
@@ -292,8 +297,13 @@ def test_missing_and_corrupt_members_no_member_and_a_name_that_is_taken_are_refu
             dispatch(["ensemble", *arguments, f"--runs={tmp_path}"])
         assert error.value.outcome.code == 78
     stored.write_bytes(content[:-1] + b"\x01")
-    for work in (lambda: manifest.open_members(tmp_path, made), lambda: manifest.make("f", tmp_path, "ab", "logit mean")):
-        with pytest.raises(RunError, match="member b is corrupt: step-00000007: a.safetensors: expected sha256") as error:
+    for work in (
+        lambda: manifest.open_members(tmp_path, made),
+        lambda: manifest.make("f", tmp_path, "ab", "logit mean"),
+    ):
+        with pytest.raises(
+            RunError, match="member b is corrupt: step-00000007: a.safetensors: expected sha256"
+        ) as error:
             work()
         assert error.value.outcome.code == 78
     stored.write_bytes(content)
@@ -327,7 +337,10 @@ def test_members_differ_in_both_seeds_and_the_same_command_goes_on(tmp_path, bac
     assert (made, backend["most"]) == ([["e", "e-0", "e-1"]], 1)
     from trainer import runfolder
 
-    seeds = [(c.seed, c.data.order_seed, c.data.subset_seed) for c in (runfolder.open_run(tmp_path / f"e-{k}") for k in (0, 1))]
+    seeds = [
+        (c.seed, c.data.order_seed, c.data.subset_seed)
+        for c in (runfolder.open_run(tmp_path / f"e-{k}") for k in (0, 1))
+    ]
     assert seeds == [(5, 0, 0), (6, 1, 0)]
     assert dispatch([*config, "--members=3", "--at-once=2"]) == 0
     assert backend["started"] == ["e-0", "e-1", "e-2"]
