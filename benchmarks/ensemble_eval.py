@@ -86,7 +86,7 @@ def ours(arguments: argparse.Namespace, place: Path) -> list[float]:
     from safetensors.torch import load_file
 
     from trainer.ensemble.prediction import chunks, subset_losses
-    from trainer.ensemble.states import listen
+    from trainer.ensemble.states import hidden_states
     from trainer.parallel import single
 
     device = torch.device("cpu")
@@ -96,7 +96,7 @@ def ours(arguments: argparse.Namespace, place: Path) -> list[float]:
     members = []
     for k in range(arguments.members):
         model.load_state_dict(load_file(place / f"{k}.safetensors"))
-        members.append(listen(model, strategy, batches(arguments), place, device))
+        members.append(hidden_states(model, strategy, batches(arguments), place, device))
     subsets = [(k,) for k in range(arguments.members)] + [tuple(range(arguments.members))]
     tokens, columns = chunks(arguments.members, arguments.width)
     sums = torch.zeros(len(subsets), dtype=torch.float64)

@@ -95,9 +95,9 @@ class Make:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure an ensemble and subsets of its members: loss over their number, with intervals; multiple-choice tasks.
+    """Measure an ensemble: loss over the number of members, with intervals; multiple-choice tasks.
 
-    The result is the same on any number of ranks (`--resources.ranks=N`). `--section.key=value` overrides what a resume may
+    Single members and subsets of them are measured on the same text. The result is the same on any number of ranks (`--resources.ranks=N`). `--section.key=value` overrides what a resume may
     change, for this evaluation only.
     """
 

@@ -14,6 +14,7 @@ import torch
 
 from tests.dist import bodies_run, bodies_tools
 from tests.dist.test_cli import finished
+from trainer import runfolder
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.export import restored_model
 from trainer.data.table import Split
@@ -83,8 +84,8 @@ def test_the_result_is_the_same_on_1_2_3_ranks(group, runs, task, three) -> None
 
 
 def test_losses_are_those_of_whole_logits_in_float64(runs, three) -> None:
-    table = next((runs.parent / "prepared").glob("*/table.json"))
-    split = Split(table.parent / json.loads(table.read_text())["splits"]["validation"]["file"])
+    table = next(Path(e["tables"]["data"]["table"]) for e in runfolder.events(runs / "tiny") if "tables" in e)
+    split = Split(table / json.loads((table / "table.json").read_text())["splits"]["validation"]["file"])
     rows = torch.from_numpy(split.rows(np.arange(split.sequences))[0])
     whole = logits(runs, rows[:, :-1])
     pairs = [[0], [1], [2]], [[0, 1], [0, 2], [1, 2]], [[0, 1, 2]]

@@ -11,16 +11,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from torch.nn import functional
 
 from launch.cli import dispatch
+from tests.models import ARCHITECTURES, batch, tiny
+from tests.unit.test_chunked_loss import large
 from tests.unit.test_pipeline import backend  # noqa: F401
 from trainer.checkpoint import manifest as manifests
+from trainer.data.batches import MicroBatch
 from trainer.ensemble import curve, manifest
 from trainer.ensemble.prediction import FLOATS, chunks, subset_losses
+from trainer.ensemble.states import hidden_states
 from trainer.ensemble.subsets import choose
 from trainer.files import sha256_file, write_json
 from trainer.model.loss import MASKED
 from trainer.outcome import RunError
+from trainer.parallel import single
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY, TOKENS = 23, 19
@@ -157,6 +163,35 @@ def test_subsets_are_all_or_singles_chain_and_a_seeded_sample() -> None:
     assert len(choose(8, 1, 0)) == 15
     assert len(choose(8, 254, 0)) <= 254
     assert all(n <= comb(8, k) for k, n in [(k, sum(len(s) == k for s in choose(8, 254, 0))) for k in range(1, 9)])
+
+
+REFUSED = ("gemma2, tied", "cohere, tied")  # soft-capped, scaled
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_hidden_states_and_head_of_an_architecture_give_its_own_logits_or_are_refused(name, tmp_path) -> None:
+    device = torch.device("cpu")
+    inputs, targets = batch(3, 16)
+    members, logits = [], []
+    for seed in (0, 1):
+        model = large(tiny(name, seed=seed))
+        strategy = single.Strategy(single.Options(), "fp32", device, 1)
+        strategy.connect(model, None)
+        if name in REFUSED:
+            with pytest.raises(RunError, match="changes what its linear head gives"):
+                hidden_states(model, strategy, [MicroBatch(inputs, targets, None)], tmp_path, device)
+            return
+        portions = [MicroBatch(i, t, None) for i, t in zip(inputs.split(1), targets.split(1), strict=True)]
+        members.append(hidden_states(model, strategy, portions, tmp_path, device))
+        with torch.no_grad():
+            logits.append(model(input_ids=inputs, use_cache=False).logits.double())
+    losses = subset_losses(members, targets.flatten(), [(0, 1)], 301, tokens=7, columns=50)
+    for rule, logs in enumerate(
+        (torch.stack(logits).mean(0).log_softmax(-1), torch.stack(logits).softmax(-1).mean(0).log())
+    ):
+        expected = functional.nll_loss(logs.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=MASKED)
+        assert (losses[rule, 0] - expected).abs().max() < 2e-5
+    assert not list(tmp_path.iterdir())
 
 
 # Curves.

@@ -48,7 +48,7 @@ class Rows:
         return torch.from_numpy(rows)
 
 
-class Spoken:
+class HiddenStates:
     """One member's hidden states of all of this rank's batches, end to end, and its head (a `prediction.Predictor`)."""
 
     def __init__(self, folder: Path, width: int, device: torch.device) -> None:
@@ -66,7 +66,9 @@ class Spoken:
 
 
 @torch.no_grad()
-def listen(model: Any, strategy: Any, batches: Iterable[MicroBatch], folder: Path, device: torch.device) -> Spoken:
+def hidden_states(
+    model: Any, strategy: Any, batches: Iterable[MicroBatch], folder: Path, device: torch.device
+) -> HiddenStates:
     """Take all batches through a model whose weights are loaded; collective over its ranks.
 
     Args:
@@ -79,7 +81,7 @@ def listen(model: Any, strategy: Any, batches: Iterable[MicroBatch], folder: Pat
     decoder, head = chunked.decoder_of(model), model.get_output_embeddings()
     if decoder is None or not isinstance(head, nn.Linear):
         raise _refused(model, "keeps no linear head apart from its decoder")
-    spoken = Spoken(folder, head.in_features, device)
+    found = HiddenStates(folder, head.in_features, device)
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: Any) -> Any:
@@ -98,19 +100,19 @@ def listen(model: Any, strategy: Any, batches: Iterable[MicroBatch], folder: Pat
                 raise _refused(model, "does not call its decoder")
             states = kept.pop()
             probe = probe or (states[:, 0].float(), logits[:, 0])
-            spoken.states.append(states.flatten(0, 1))
+            found.states.append(states.flatten(0, 1))
     finally:
         handle.remove()
         strategy.settle(model)
     weight, bias = (None if tensor is None else _whole(tensor).float() for tensor in (head.weight, head.bias))
     if probe is not None:
-        found = F.linear(probe[0], weight, bias)  # type: ignore[arg-type]
-        difference = float((found - probe[1].float()).abs().max() / probe[1].abs().max().clamp_min(1.0))
+        product = F.linear(probe[0], weight, bias)  # type: ignore[arg-type]
+        difference = float((product - probe[1].float()).abs().max() / probe[1].abs().max().clamp_min(1.0))
         if not difference <= TOLERANCE.get(probe[1].dtype, 1e-4):
             raise _refused(model, f"changes what its linear head gives (by {difference:.1g} of the largest logit)")
-    spoken.weights.append(weight)  # type: ignore[arg-type]
-    spoken.biases = None if bias is None else bias.cpu()
-    return spoken
+    found.weights.append(weight)  # type: ignore[arg-type]
+    found.biases = None if bias is None else bias.cpu()
+    return found
 
 
 def check_room(folder: Path, members: int, tokens: int, model: Any, ranks: int) -> None:

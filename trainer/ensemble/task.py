@@ -23,7 +23,7 @@ from trainer.config import RunConfig
 from trainer.data.batches import MicroBatch
 from trainer.ensemble import curve, manifest, subsets
 from trainer.ensemble.prediction import chunks, subset_losses
-from trainer.ensemble.states import Spoken, check_room, listen
+from trainer.ensemble.states import HiddenStates, check_room, hidden_states
 from trainer.evaluate.choices import Question, Row, batches_of, graded, rows_of
 from trainer.evaluate.task import Evaluation, prepare, read_tasks
 from trainer.evaluate.text import load_tokenizer
@@ -113,7 +113,7 @@ def evaluate(
         if run.strategy.forward is None:
             run.strategy.connect(run.model, None)
         batches = (portion.batch for portion in texts.portions())
-        members.append(listen(run.model, run.strategy, batches, folder, run.device))
+        members.append(hidden_states(run.model, run.strategy, batches, folder, run.device))
     shown.stage(f"losses of {len(chosen)} subsets")
     losses, predicted = _losses(texts, members, chosen, ensemble.vocab_size, run.device)
     shown.stage("")
@@ -135,7 +135,7 @@ def _rows(questions: dict[str, list[Question]], run: Path, config: RunConfig) ->
 
 
 def _losses(
-    texts: Texts, members: list[Spoken], chosen: list[tuple[int, ...]], vocabulary: int, device: torch.device
+    texts: Texts, members: list[HiddenStates], chosen: list[tuple[int, ...]], vocabulary: int, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Of each text and task: losses (2, subsets, rows) in nats, by rule, and predicted tokens (rows,); all ranks' together."""
     counts = texts.counts()

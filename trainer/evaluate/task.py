@@ -37,16 +37,8 @@ class Evaluation:
     validation: dict[str, Batches]
     """Of each source: validation, or test where that is asked for."""
     device: torch.device
-
-    @property
-    def rows(self) -> int:
-        """Sequences that a rank takes through the model at once."""
-        return rows_at_once(self.config)
-
-
-def rows_at_once(config: RunConfig) -> int:
-    """Sequences that a rank takes through the model at once in an evaluation."""
-    return 8 if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
+    rows: int
+    """Sequences that a rank takes through the model at once."""
 
 
 def prepare(folder: Path, config: RunConfig, split: str) -> Evaluation:
@@ -70,9 +62,9 @@ def prepare(folder: Path, config: RunConfig, split: str) -> Evaluation:
     model = distributed.together(lambda: assembly.make(config, shape, strategy)).model
     initialize(model, config.seed, strategy.initial_device, weights=False)
     borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
-    rows = rows_at_once(config)
+    rows = 8 if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
     texts = {name: Batches(text, rank, world, rows, 1, borders) for name, text in opened.validation.items()}
-    return Evaluation(config, opened, model, strategy, texts, device)
+    return Evaluation(config, opened, model, strategy, texts, device, rows)
 
 
 def evaluate(
