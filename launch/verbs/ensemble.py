@@ -118,11 +118,8 @@ class Evaluate:
         from launch import process
         from launch.backends import torchrun
 
-        ensemble = manifest.read(self.runs, self.name)
-        first = self.runs / ensemble.members[0].run
-        if not (first / "config.yaml").exists():
-            manifest.open_members(self.runs, ensemble)  # which says what is missing
-        _, config = process.opened(first.name, self.runs, overrides)
+        first = manifest.read(self.runs, self.name).members[0].run
+        _, config = process.opened(first, self.runs, overrides)
         for task in self.tasks:
             if not task.is_file():
                 raise RunError(f"there is no task {task}", where="command line, --tasks", mend="check the path")

@@ -78,7 +78,7 @@ def subset_losses(
                     math.log(len(subset)) - own[chosen].logsumexp(0),
                 ]
             )
-            found[:, index, start : start + tokens] = loss.masked_fill(wanted == MASKED, 0.0).cpu()
+            found[:, index, start : start + tokens] = loss.cpu().masked_fill(wanted == MASKED, 0.0)
     return found
 
 
