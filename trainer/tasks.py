@@ -74,6 +74,22 @@ def evaluate(arguments: Namespace, overrides: list[str]) -> None:
     distributed.stop()
 
 
+def evaluate_ensemble(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer import distributed, runfolder
+    from trainer.ensemble import manifest
+    from trainer.ensemble.task import evaluate as evaluated
+
+    name, runs = arguments.target.name, arguments.target.parents[1]
+    first = manifest.read(runs, name).members[0].run
+    config = runfolder.open_run(runs / first, overrides)
+    answer = evaluated(
+        name, runs, config, arguments.tasks, split=arguments.split, most=arguments.most, seed=arguments.seed
+    )
+    if distributed.rank() == 0:
+        write_json(arguments.answer / "answer.json", answer)
+    distributed.stop()
+
+
 def harness(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.evaluate.harness import harness as harnessed
 
@@ -186,6 +202,14 @@ def _evaluate_options(parser: ArgumentParser) -> None:
     parser.add_argument("--answer", type=Path, required=True)
 
 
+def _ensemble_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--tasks", type=Path, nargs="*", default=[])
+    parser.add_argument("--split", choices=["validation", "test"], default="validation")
+    parser.add_argument("--most", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--answer", type=Path, required=True)
+
+
 def _harness_options(parser: ArgumentParser) -> None:
     _weights_options(parser)
     parser.add_argument("--tasks", nargs="+", required=True)
@@ -226,6 +250,9 @@ TASKS: dict[str, Task] = {
     "export": Task("a checkpoint in the Hugging Face format", export, _export_options),
     "average": Task("the average of several checkpoints in the Hugging Face format", average, _average_options),
     "evaluate": Task("validation loss and multiple choice, on every rank", evaluate, _evaluate_options, overrides=True),
+    "evaluate-ensemble": Task(
+        "losses of an ensemble and its subsets, on every rank", evaluate_ensemble, _ensemble_options, overrides=True
+    ),
     "harness": Task("tasks of lm-eval on an export", harness, _harness_options),
     "generate": Task("continue prompts", generate, _generate_options),
     "shapes": Task("shapes of parameters and state, bytes of activations", shapes, _answer_options),
