@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,22 @@ def read(path: Path) -> Graph:
     return Graph(path.stem, runs, nodes)
 
 
+def of_runs(name: str, configs: Sequence[RunConfig]) -> Graph:
+    """A graph of runs that wait for nothing, under the digests that `read` would give them."""
+    nodes = {
+        config.name: Node(name=config.name, config=config, digest=digest({"after": {}, "config": settings(config)}))
+        for config in configs
+    }
+    return Graph(name, Path(configs[0].runs), nodes)
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The part of a configuration that what a run computes follows from."""
+    from trainer import config as configuration
+
+    return {key: value for key, value in configuration.resolved(config).items() if key not in SPEED_ONLY}
+
+
 def _check_keys(name: str, keys: Any, raw: Mapping[str, Any], source: Source) -> None:
     where = source.where(f"nodes.{name}")
     if Path(name).name != name or not name[0].isalnum():
@@ -137,7 +153,7 @@ def _node(name: str, keys: Any, home: Path, runs: Path, before: Mapping[str, Nod
             f"--{key}={json.dumps(value)}" for key, value in configuration.flatten(keys.get("set", {})).items() if key
         ]
         config = configuration.load(home / keys["config"], [*chosen, f"--name={name}", f"--runs={runs}"])
-        facts["config"] = {k: v for k, v in configuration.resolved(config).items() if k not in SPEED_ONLY}
+        facts["config"] = settings(config)
     else:
         facts["command"] = list(command)
     for path in inputs:

@@ -74,6 +74,22 @@ def evaluate(arguments: Namespace, overrides: list[str]) -> None:
     distributed.stop()
 
 
+def evaluate_ensemble(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer import distributed, runfolder
+    from trainer.ensemble import manifest
+    from trainer.ensemble.task import evaluate as evaluated
+
+    name, runs = arguments.target.name, arguments.target.parents[1]
+    first = manifest.read(runs, name).members[0].run
+    config = runfolder.open_run(runs / first, overrides)
+    answer = evaluated(
+        name, runs, config, arguments.tasks, split=arguments.split, most=arguments.most, seed=arguments.seed
+    )
+    if distributed.rank() == 0:
+        write_json(arguments.answer / "answer.json", answer)
+    distributed.stop()
+
+
 def harness(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.evaluate.harness import harness as harnessed
 
@@ -144,6 +160,15 @@ def probe(arguments: Namespace, overrides: list[str]) -> None:
         write_json(arguments.answer / "answer.json", fact)
 
 
+def laws(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer.laws.report import fit
+
+    fit(
+        arguments.target, noise=arguments.noise, draws=arguments.draws, seed=arguments.seed, baseline=arguments.baseline,
+        figure=arguments.figure, as_json=arguments.json,
+    )  # fmt: skip
+
+
 def finish(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.finish import finish as finished
 
@@ -177,6 +202,14 @@ def _evaluate_options(parser: ArgumentParser) -> None:
     parser.add_argument("--answer", type=Path, required=True)
 
 
+def _ensemble_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--tasks", type=Path, nargs="*", default=[])
+    parser.add_argument("--split", choices=["validation", "test"], default="validation")
+    parser.add_argument("--most", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--answer", type=Path, required=True)
+
+
 def _harness_options(parser: ArgumentParser) -> None:
     _weights_options(parser)
     parser.add_argument("--tasks", nargs="+", required=True)
@@ -187,6 +220,15 @@ def _harness_options(parser: ArgumentParser) -> None:
 
 def _answer_options(parser: ArgumentParser) -> None:
     parser.add_argument("--answer", type=Path, required=True)
+
+
+def _laws_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--noise", type=float, default=None)
+    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--baseline", default=None)
+    parser.add_argument("--figure", type=Path, default=None)
+    parser.add_argument("--json", action="store_true")
 
 
 def _generate_options(parser: ArgumentParser) -> None:
@@ -208,17 +250,21 @@ TASKS: dict[str, Task] = {
     "export": Task("a checkpoint in the Hugging Face format", export, _export_options),
     "average": Task("the average of several checkpoints in the Hugging Face format", average, _average_options),
     "evaluate": Task("validation loss and multiple choice, on every rank", evaluate, _evaluate_options, overrides=True),
+    "evaluate-ensemble": Task(
+        "losses of an ensemble and its subsets, on every rank", evaluate_ensemble, _ensemble_options, overrides=True
+    ),
     "harness": Task("tasks of lm-eval on an export", harness, _harness_options),
     "generate": Task("continue prompts", generate, _generate_options),
     "shapes": Task("shapes of parameters and state, bytes of activations", shapes, _answer_options),
     "probe": Task("what torch sees of this machine; `all-reduce-DEVICE` on every rank", probe, _answer_options),
+    "laws": Task("fit scaling laws to a table of points", laws, _laws_options),
     "finish": Task("verify, export, figure, sample", finish),
 }
 
 
 def run(name: str, arguments: Namespace, overrides: list[str]) -> Any:
     """Do a task."""
-    if name not in ("prepare", "probe"):
+    if name not in ("prepare", "probe", "laws"):
         from transformers.utils import logging
 
         logging.disable_progress_bar()

@@ -11,6 +11,8 @@ from unittest import mock
 import torch
 
 from trainer import runfolder
+from trainer.ensemble import manifest
+from trainer.ensemble.task import evaluate as evaluated_ensemble
 from trainer.evaluate.choices import Row, log_likelihoods
 from trainer.evaluate.task import evaluate as evaluated
 from trainer.outcome import RunError
@@ -44,3 +46,16 @@ def likelihoods_of_a_model_that_sees_its_batch() -> list[float]:
 
     rows = [Row(ids=[(3 * i + j) % 20 for j in range(3 + i % 4)], start=1, cut=0) for i in range(11)]
     return log_likelihoods(model, rows, 2, nullcontext, torch.device("cpu"))
+
+
+def evaluate_ensemble(
+    runs: str, name: str, tasks: list[str], overrides: list[str], most: int = 31, split: str = "validation"
+) -> dict[str, Any]:
+    """What `orthogon ensemble evaluate` finds; an orderly error as its text."""
+    try:
+        first = manifest.read(Path(runs), name).members[0].run
+        config = runfolder.open_run(Path(runs) / first, overrides)
+        paths = [Path(task) for task in tasks]
+        return evaluated_ensemble(name, Path(runs), config, paths, split=split, most=most, seed=0)
+    except RunError as error:
+        return {"error": str(error)}

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from trainer import distributed
 from trainer.evaluate.text import beginning
@@ -105,20 +107,18 @@ def row(tokenizer: Any, query: str, choice: str, length: int, where: str = "") -
     return Row(ids[cut:], start - cut, cut)
 
 
-@torch.no_grad()
-def log_likelihoods(model: Any, rows: list[Row], batch: int, context: Any, device: torch.device) -> list[float]:
-    """Log-probability of each row's choice, in nats; collective over all ranks, which all get all of them.
+def batches_of(rows: list[Row], batch: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """This rank's batches: (indices of their rows, inputs, targets), the tensors of shape (rows, width).
 
-    A batch is the same rows at the same width on any number of ranks, and whole batches go round the ranks, so that the
-    result is the same, too. Every rank makes the same number of forwards.
+    A batch is the same rows at the same width on any number of ranks, and whole batches go round the ranks. Every rank gets
+    as many; one that has nothing left goes along with a batch that has no index.
     """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
     batches = [order[start : start + batch] for start in range(0, len(order), batch)]
-    found = [0.0] * len(rows)
     world = distributed.world()
     for turn in range(0, len(batches), world):
         number = turn + distributed.rank()
-        members = batches[number] if number < len(batches) else batches[0]  # nothing left: go along, and count nothing
+        members = batches[number] if number < len(batches) else batches[0]
         width = max(len(rows[i].ids) for i in members) - 1
         inputs = torch.zeros(len(members), width, dtype=torch.int64)
         targets = torch.full((len(members), width), MASKED)
@@ -126,15 +126,22 @@ def log_likelihoods(model: Any, rows: list[Row], batch: int, context: Any, devic
             ids = torch.tensor(rows[i].ids)
             inputs[place, : len(ids) - 1] = ids[:-1]
             targets[place, rows[i].start - 1 : len(ids) - 1] = ids[rows[i].start :]
+        yield members if number < len(batches) else [], inputs, targets
+
+
+@torch.no_grad()
+def log_likelihoods(model: Any, rows: list[Row], batch: int, context: Any, device: torch.device) -> list[float]:
+    """Log-probability of each row's choice, in nats; collective over all ranks, which all get all of them, the same on any
+    number of ranks."""
+    found = [0.0] * len(rows)
+    for members, inputs, targets in batches_of(rows, batch):
         with context():
             logits = model(input_ids=inputs.to(device), use_cache=False).logits
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten().to(device), ignore_index=MASKED, reduction="none"
         )
-        sums = losses.view_as(targets).double().sum(1).tolist()
-        if number < len(batches):
-            for i, loss in zip(members, sums, strict=True):
-                found[i] = -loss
+        for i, loss in zip(members, losses.view_as(targets).double().sum(1).tolist(), strict=False):
+            found[i] = -loss
     return distributed.sum_over_ranks(found, device)
 
 
@@ -149,8 +156,21 @@ def score(
     device: torch.device,
 ) -> dict[str, Any]:
     """Accuracy of the choices that the model finds likeliest, raw and per byte, with standard errors."""
-    rows = [row(tokenizer, one.query, choice, length, one.where) for one in questions for choice in one.choices]
-    found = log_likelihoods(model, rows, batch, context, device)
+    rows = rows_of(tokenizer, questions, length)
+    return graded(questions, rows, log_likelihoods(model, rows, batch, context, device))
+
+
+def rows_of(tokenizer: Any, questions: list[Question], length: int) -> list[Row]:
+    """Every question with each of its choices, in order.
+
+    Raises:
+        RunError: a choice alone is too long.
+    """
+    return [row(tokenizer, one.query, choice, length, one.where) for one in questions for choice in one.choices]
+
+
+def graded(questions: list[Question], rows: list[Row], found: list[float]) -> dict[str, Any]:
+    """The accuracies that follow from the log-probabilities of the rows' choices, in nats."""
     raw = per_byte = place = 0
     cost = []
     for question in questions:

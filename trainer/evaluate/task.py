@@ -16,7 +16,7 @@ from trainer.config import RunConfig
 from trainer.data import Data
 from trainer.data.batches import Batches
 from trainer.data.masking import Borders
-from trainer.evaluate.choices import read_questions, score
+from trainer.evaluate.choices import Question, read_questions, score
 from trainer.evaluate.loss import mixed, validation_losses
 from trainer.evaluate.text import load_tokenizer
 from trainer.metrics.progress import Progress
@@ -28,14 +28,43 @@ from trainer.parallel import fsdp2
 
 @dataclass
 class Evaluation:
-    """What `validation_losses` needs of a run."""
+    """A run's model, its weights still to be loaded, and the text to measure it on."""
 
     config: RunConfig
     data: Data
     model: Any
     strategy: Any
     validation: dict[str, Batches]
+    """Of each source: validation, or test where that is asked for."""
     device: torch.device
+    rows: int
+    """Sequences that a rank takes through the model at once."""
+
+
+def prepare(folder: Path, config: RunConfig, split: str) -> Evaluation:
+    """The model of the run in `folder` without weights, spread over the ranks, and the text of `split`; collective.
+
+    Raises:
+        RunError: on all ranks alike: the data cannot be opened, has no such split, or the model cannot be made.
+    """
+    device = distributed.start(config.resources)
+    opened = setup.open_data(config, folder, Progress(False, 0))
+    if split == "test":
+        opened = distributed.together(opened.tested)
+    if config.parallel.name == "deepspeed":  # it trains; its checkpoints are those of all strategies
+        config = replace(config, parallel=fsdp2.Options())
+    # Compiling for a few forwards costs more than it saves, and the machine may have no compiler.
+    config = replace(config, train=replace(config.train, compile=False))
+    rank, world = distributed.rank(), distributed.world()
+    strategy = distributed.together(lambda: assembly.open_strategy(config, device, world))
+    _, below = assembly.starting_point(config, folder)
+    shape = distributed.together(lambda: assembly.shape_of(config, opened.tokenizer, below))
+    model = distributed.together(lambda: assembly.make(config, shape, strategy)).model
+    initialize(model, config.seed, strategy.initial_device, weights=False)
+    borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
+    rows = 8 if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
+    texts = {name: Batches(text, rank, world, rows, 1, borders) for name, text in opened.validation.items()}
+    return Evaluation(config, opened, model, strategy, texts, device, rows)
 
 
 def evaluate(
@@ -48,44 +77,29 @@ def evaluate(
     Raises:
         RunError: on all ranks alike: no such checkpoint, a task that cannot be read, other data than the run's.
     """
-    device = distributed.start(config.resources)
+    distributed.start(config.resources)
     shown = Progress(distributed.rank() == 0, 0)
     shown.stage("reading the data")
-    rank, world = distributed.rank(), distributed.world()
-    questions = distributed.on_rank_zero(lambda: {str(path): read_questions(path) for path in tasks})
-    opened = setup.open_data(config, folder, Progress(False, 0))
-    if split == "test":
-        opened = distributed.together(opened.tested)
-    if config.parallel.name == "deepspeed":  # it trains; its checkpoints are those of all strategies
-        config = replace(config, parallel=fsdp2.Options())
-    # Compiling for a few forwards costs more than it saves, and the machine may have no compiler.
-    config = replace(config, train=replace(config.train, compile=False))
-    strategy = distributed.together(lambda: assembly.open_strategy(config, device, world))
-    _, below = assembly.starting_point(config, folder)
-    shape = distributed.together(lambda: assembly.shape_of(config, opened.tokenizer, below))
-    model = distributed.together(lambda: assembly.make(config, shape, strategy)).model
-    initialize(model, config.seed, strategy.initial_device, weights=False)
+    questions = read_tasks(tasks)
+    run = prepare(folder, config, split)
     if export is None:
         path, manifest = distributed.on_rank_zero(lambda: manifests.pick(folder, step))
-        distributed.together(lambda: restore.check_data(manifest, opened.identity()))
-        load(path, manifest, model_tensors(model), prefix="model.")
+        distributed.together(lambda: restore.check_data(manifest, run.data.identity()))
+        load(path, manifest, model_tensors(run.model), prefix="model.")
         source = {"checkpoint": path.name, "step": manifest.step, "sequences_trained_on": manifest.position}
     else:
-        distributed.together(lambda: fill(model, export))
+        distributed.together(lambda: fill(run.model, export))
         source = {"export": str(export)}
-    strategy.connect(model, None)
-    rows = 8 if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
+    run.strategy.connect(run.model, None)
     shown.stage(f"{split} loss")
-    borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
-    validation = {n: Batches(split, rank, world, rows, 1, borders) for n, split in opened.validation.items()}
-    results = validation_losses(Evaluation(config, opened, model, strategy, validation, device))
-    loss, value = mixed(results, opened.weights)
+    results = validation_losses(run)
+    loss, value = mixed(results, run.data.weights)
     measured = {
         "loss": loss, "bits_per_byte": value,
         "tokens": sum(result.tokens for result in results.values()), "bytes": sum(result.bytes for result in results.values()),
     }  # fmt: skip
     if split == "validation":
-        measured["share_of_unigram"] = value / opened.unigram_bits_per_byte
+        measured["share_of_unigram"] = value / run.data.unigram_bits_per_byte
     answer: dict[str, Any] = {"run": folder.name, **source, split: measured}
     if len(results) > 1:
         answer[split]["sources"] = {
@@ -93,20 +107,29 @@ def evaluate(
         }
     if questions:
         tokenizer = distributed.together(lambda: load_tokenizer(folder))
-        model.eval()
+        run.model.eval()
         answer["tasks"] = {}
-        stems = [path.stem for path in tasks]
         for name, some in questions.items():
             shown.stage(f"task {name}")
-            short = name if stems.count(Path(name).stem) > 1 else Path(name).stem
-            answer["tasks"][short] = distributed.together(
+            answer["tasks"][name] = distributed.together(
                 lambda some=some: score(
-                    model, tokenizer, some, length=config.data.sequence_length, batch=rows, device=device,
-                    context=strategy.context,
+                    run.model, tokenizer, some, length=config.data.sequence_length, batch=run.rows, device=run.device,
+                    context=run.strategy.context,
                 )
             )  # fmt: skip
     shown.stage("")
     return answer
+
+
+def read_tasks(paths: list[Path]) -> dict[str, list[Question]]:
+    """The questions of multiple-choice tasks, by the file's name, or by its path where names are equal; collective.
+
+    Raises:
+        RunError: on all ranks alike: a task that cannot be read.
+    """
+    stems = [path.stem for path in paths]
+    names = {path: str(path) if stems.count(path.stem) > 1 else path.stem for path in paths}
+    return distributed.on_rank_zero(lambda: {names[path]: read_questions(path) for path in paths})
 
 
 @torch.no_grad()

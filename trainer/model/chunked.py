@@ -29,11 +29,8 @@ def install(model: Any, chunk: int) -> None:
     Raises:
         RunError: the architecture does not keep its decoder apart from its head.
     """
-    decoder = next(
-        (m for m in (model.get_decoder(), model.base_model, getattr(model, "model", None)) if m not in (None, model)),
-        None,
-    )
-    if not isinstance(decoder, nn.Module):
+    decoder = decoder_of(model)
+    if decoder is None:
         raise _no_decoder(model)
     own = model.forward
 
@@ -57,6 +54,13 @@ def install(model: Any, chunk: int) -> None:
 
     model.forward = forward
     model.loss_chunk = chunk
+
+
+def decoder_of(model: Any) -> nn.Module | None:
+    """The part of a model that makes the hidden states that its head turns into logits; None if it is not kept apart."""
+    known = (model.get_decoder(), model.base_model, getattr(model, "model", None))
+    found = next((module for module in known if module not in (None, model)), None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def _no_decoder(model: Any) -> RunError:
