@@ -44,6 +44,10 @@ class Crew:
     def copy(self) -> int:
         return dist.get_rank(self.replicas) if self.replicas is not None and self.spread else 0
 
+    def counts(self, stored: Stored) -> bool:
+        """Whether this rank counts a parameter's matrices, of which each must be counted once: experts by their holder."""
+        return self.copy == 0 and (stored.dim == 0 or self.part == 0)
+
 
 @dataclass(frozen=True)
 class Leg:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from trainer.optim.polar import scaled_or_zero, squares, unsound, wide
 from trainer.registry import lazy
 
 torch: Any = lazy("torch")
@@ -46,6 +47,13 @@ def scale(family: str, rows: int, columns: int) -> float:
     if family == "rms":
         return 0.2 * math.sqrt(max(rows, columns))  # an exact factor has squared norm min(rows, columns)
     return math.sqrt(rows / columns) if family == "spectral" else math.sqrt(max(1.0, rows / columns))
+
+
+def scaled_if_sound(o: Any, family: str) -> tuple[tuple[Any], Any]:
+    """Polar factors (N, m, n), in place, times their scale; zeros for those that are unsound, and which these are (N,)."""
+    bad = unsound(squares(o, -1).sum(dim=(-2, -1), keepdim=True), o.shape)  # (N, 1, 1)
+    factor = torch.full(bad.shape, scale(family, *o.shape[-2:]), dtype=wide(o), device=o.device)
+    return (scaled_or_zero(o, factor, bad),), bad.flatten()
 
 
 def apply(weights: list[Any], steps: list[Any], group: dict[str, Any]) -> None:

@@ -8,12 +8,9 @@ from typing import Any, Literal
 
 from trainer.optim import matrix
 from trainer.optim.options import MatrixOptions
-from trainer.optim.polar import polar, precision, scaled_or_zero, squares, transport, unsound, wide
+from trainer.optim.polar import polar, precision, transport
 from trainer.optim.polar import reference as reference_polar
 from trainer.optim.requests import Whole
-from trainer.registry import lazy
-
-torch: Any = lazy("torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +37,7 @@ def update(
 
     def direction(u: Any) -> tuple[tuple[Any], Any]:  # (N, m, n)
         o = polar(u, group["polar"], dtype, group["polar_form"], group["polar_prescale"])
-        bad = unsound(squares(o, -1).sum(dim=(-2, -1), keepdim=True), u.shape)  # (N, 1, 1)
-        factor = torch.full(bad.shape, matrix.scale(group["scale"], *u.shape[-2:]), dtype=wide(o), device=o.device)
-        return (scaled_or_zero(o, factor, bad),), bad.flatten()
+        return matrix.scaled_if_sound(o, group["scale"])
 
     (steps,) = yield Whole(direction, (ahead,), ("matrix",), (transport(dtype),))
     matrix.apply(weights, steps, group)

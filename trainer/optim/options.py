@@ -29,8 +29,8 @@ class Multiplier:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixOptions:
-    """A rule on hidden matrices, AdamW on the rest."""
+class MomentumOptions:
+    """A rule on the momentum of hidden matrices, AdamW on the rest."""
 
     __pydantic_config__ = STRICT
     lr: Annotated[float, Field(ge=0)] = 2e-3
@@ -38,14 +38,26 @@ class MatrixOptions:
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of the momentum (an exponential average of gradients)."""
     nesterov: bool = False
-    """Orthogonalize the momentum one step ahead."""
-    scale: Literal["rms", "spectral", "shape"] = "rms"
-    """What an (m x n) update is scaled to: `rms` entries of root mean square 0.2 (matches AdamW), `spectral` sqrt(m/n)
-    times the polar factor, `shape` sqrt(max(1, m/n)) times it."""
+    """Take the momentum one step ahead."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay per step, times the learning rate."""
     cautious: bool = False
     """Decay a weight only where the update has its sign, and so shrinks it too."""
+    split: dict[str, int | list[int]] = field(default_factory=dict)
+    """Fused weights by name pattern: so many equal blocks of rows, or the rows of each block, each a matrix of its own."""
+    multipliers: dict[str, Multiplier] = field(default_factory=dict)
+    """Factors by parameter name pattern, or for all `matrices`, `embeddings` or `vectors`; the last that fits holds."""
+    adamw: AdamWOptions = AdamWOptions(lr=3e-3)
+    """The rule for embeddings, head, norms and biases."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixOptions(MomentumOptions):
+    """A rule that orthogonalizes hidden matrices, AdamW on the rest."""
+
+    scale: Literal["rms", "spectral", "shape"] = "rms"
+    """What an (m x n) update is scaled to: `rms` entries of root mean square 0.2 (matches AdamW), `spectral` sqrt(m/n)
+    times the polar factor, `shape` sqrt(max(1, m/n)) times it."""
     polar: CoefficientName = "polar-express"
     """Coefficients of the Newton-Schulz steps."""
     polar_dtype: Precision = "auto"
@@ -54,9 +66,3 @@ class MatrixOptions:
     """`gram` iterates the Gram matrix instead, in fp32: fewer products where one side is over twice the other."""
     polar_prescale: Prescale = "frobenius"
     """Norm that a matrix is divided by before the first step; `schatten` is the tighter one."""
-    split: dict[str, int | list[int]] = field(default_factory=dict)
-    """Fused weights by name pattern: so many equal blocks of rows, or the rows of each block, orthogonalized apart."""
-    multipliers: dict[str, Multiplier] = field(default_factory=dict)
-    """Factors by parameter name pattern, or for all `matrices`, `embeddings` or `vectors`; the last that fits holds."""
-    adamw: AdamWOptions = AdamWOptions(lr=3e-3)
-    """The rule for embeddings, head, norms and biases."""

@@ -13,6 +13,7 @@ from trainer.registry import lazy
 torch: Any = lazy("torch")
 
 Steps = tuple[tuple[float, float, float], ...]
+Schedule = tuple[float, Steps]  # what the norm is multiplied by before the first step, and the steps
 
 _SIMPLE = (3.4445, -4.7750, 2.0315)
 _QUINTIC = (
@@ -24,7 +25,7 @@ _QUINTIC = (
 )
 
 # Per step (a, b, c) of X <- a X + (b A + c A^2) X with A = X X^T, after X <- X / (safety * norm).
-COEFFICIENTS: dict[str, tuple[float, Steps]] = {
+COEFFICIENTS: dict[str, Schedule] = {
     # Jordan et al., Muon: one triple, five times.
     "simple": (1.0, (_SIMPLE,) * 5),
     # You: a triple per step. The most exact of five steps on well-conditioned matrices.
@@ -94,14 +95,14 @@ def transport(dtype: Any) -> Any:
 
 
 def polar(
-    x: Any, coefficients: str = "polar-express", dtype: Any = None, form: Form = "standard",
+    x: Any, coefficients: str | Schedule = "polar-express", dtype: Any = None, form: Form = "standard",
     prescale: Prescale = "frobenius",
 ) -> Any:  # fmt: skip
     """Approximate polar factors of the matrices in `x`.
 
     Args:
         x: (N, m, n), any float dtype. Zero matrices give zeros.
-        coefficients: a name in `COEFFICIENTS`.
+        coefficients: a name in `COEFFICIENTS`, or a schedule like those.
         dtype: precision of the products; `precision("auto", x.device)` when None. Norms are taken in fp32 or wider.
         form: "standard" iterates X; "gram" iterates the s x s matrix X X^T (s the shorter side), always in fp32 or
             wider, with a restart after 2 steps and then every 3: fewer multiplications where the longer side is more
@@ -117,11 +118,9 @@ def polar(
     """
     if x.ndim != 3:
         raise ValueError(f"polar works on a batch (N, m, n), not on shape {tuple(x.shape)}; add a leading dimension")
-    if coefficients not in COEFFICIENTS:
-        raise ValueError(f"polar knows no coefficients '{coefficients}'; use one of {', '.join(COEFFICIENTS)}")
     dtype = dtype or precision("auto", x.device)
     work = torch.promote_types(dtype, torch.float32) if form == "gram" else dtype
-    safety, steps = COEFFICIENTS[coefficients]
+    safety, steps = schedule(coefficients)
     rows, columns = x.shape[-2:]
     tall = rows > columns
     x = normalize(aligned(x), safety, work)
@@ -141,6 +140,19 @@ def polar(
     return (flipped(x) if tall else x).to(dtype)[:, :rows, :columns]
 
 
+def schedule(coefficients: str | Schedule) -> Schedule:
+    """The schedule of a name, or the one given.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(coefficients, str):
+        return coefficients
+    if coefficients not in COEFFICIENTS:
+        raise ValueError(f"polar knows no coefficients '{coefficients}'; use one of {', '.join(COEFFICIENTS)}")
+    return COEFFICIENTS[coefficients]
+
+
 def aligned(x: Any) -> Any:
     """The matrices with zero rows and columns up to multiples of 8, which change nothing else of a polar factor: a
     product may depend, in its last bits, on where its operands start within 64 bytes, so all of a batch start alike."""
@@ -148,7 +160,7 @@ def aligned(x: Any) -> Any:
     return torch.nn.functional.pad(x, (0, -columns % 8, 0, -rows % 8)) if rows % 8 or columns % 8 else x
 
 
-def gram_polar(gram: Any, coefficients: str = "polar-express") -> tuple[Any, Any]:
+def gram_polar(gram: Any, coefficients: str | Schedule = "polar-express") -> tuple[Any, Any]:
     """What to multiply X (..., l, r) by from the right for its polar factor, from X^T X alone.
 
     Args:
@@ -157,7 +169,7 @@ def gram_polar(gram: Any, coefficients: str = "polar-express") -> tuple[Any, Any
     Returns:
         (N, r, r), and the squared Frobenius norms (N, 1, 1) of the polar factors.
     """
-    safety, steps = COEFFICIENTS[coefficients]
+    safety, steps = schedule(coefficients)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]  # ||X||^2
     inverse = torch.where(trace > 0, 1 / (safety * safety * trace), trace)
     factor = _gram_factor(gram * inverse, steps) * inverse.sqrt()
@@ -229,9 +241,9 @@ def unsound(square: Any, shape: tuple[int, ...]) -> Any:
     return ~(square <= 1.96 * min(shape[-2:]))  # a comparison with NaN is False
 
 
-def reference(x: Any, coefficients: str = "polar-express", prescale: Prescale = "frobenius") -> Any:
+def reference(x: Any, coefficients: str | Schedule = "polar-express", prescale: Prescale = "frobenius") -> Any:
     """What `polar` approximates, slow and plain: U f(S) V^T by SVD in float64."""
-    safety, steps = COEFFICIENTS[coefficients]
+    safety, steps = schedule(coefficients)
     u, s, v = torch.linalg.svd(x.double(), full_matrices=False)
     s = s / (safety * s.square().sum(-1, keepdim=True).sqrt()).clamp_min(1e-300)
     if prescale == "schatten":

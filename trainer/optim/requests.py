@@ -40,6 +40,9 @@ class Sum:
             is the same on all ranks; added over the shards as they are.
         dtype: in which all is added, also within a shard: float64, or fp32. Then no sum depends on the number of ranks
             by more than rounding in it.
+        power: 2 adds the squares of entries, made in `dtype`.
+        mean: of entries, divide by how many there are.
+        sound: of entries, count a matrix whose sum is not finite as rejected: its update must be zero.
 
     The answer is a list of tensors of that dtype, one per parameter: of entries the sum of the matrix that each belongs
     to, (..., 1, 1), or (..., m_p, 1) where the weights are fused; of parts the sums in the shape given.
@@ -48,6 +51,9 @@ class Sum:
     values: list[Any]
     of: Literal["entries", "parts"] = "entries"
     dtype: Any = None  # float64
+    power: Literal[1, 2] = 1
+    mean: bool = False
+    sound: bool = False
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if isinstance(request, Whole):
             return (yield from answer(request, bucket, self._rejected))
         if isinstance(request, Sum):
-            return (yield from add(request, bucket))
+            return (yield from add(request, bucket, self._rejected))
         if isinstance(request, Turn):
             return (yield from turn(request, bucket))
         return (yield from expand(request, bucket, self._rejected))

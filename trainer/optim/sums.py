@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 
 import torch
@@ -13,19 +14,25 @@ from trainer.optim.plan import held, overlap
 from trainer.optim.requests import Sum
 
 
-def add(request: Sum, bucket: Bucket) -> Generator[None, None, list[Tensor]]:
-    """The answer to a request, as a generator that yields while the reduction is under way."""
+def add(request: Sum, bucket: Bucket, tally: Tensor) -> Generator[None, None, list[Tensor]]:
+    """The answer to a request, as a generator that yields while the reduction is under way.
+
+    `tally` counts the rejected matrices, each on one rank of its crew.
+    """
     dtype = request.dtype or torch.float64
     if request.of == "parts":
-        sums = [value.to(dtype) for value in request.values]
-    else:
-        sums = [_totals(value, bucket, index, dtype) for index, value in enumerate(request.values)]
-    sums = yield from over_shards(sums, bucket)
-    return (
-        sums
-        if request.of == "parts"
-        else [_spread(s, v, bucket, i) for i, (s, v) in enumerate(zip(sums, request.values, strict=True))]
-    )
+        return (yield from over_shards([value.to(dtype) for value in request.values], bucket))
+    totals = [_totals(value, bucket, index, dtype, request.power) for index, value in enumerate(request.values)]
+    totals = yield from over_shards(totals, bucket)
+    if request.sound:
+        for stored, total in zip(bucket.stored, totals, strict=True):
+            if bucket.crew.counts(stored):
+                tally += (~total.isfinite()).sum()
+    if request.mean:
+        for index, (stored, total) in enumerate(zip(bucket.stored, totals, strict=True)):
+            entries = [math.prod(matrix.shape) for matrix in stored.matrices(index) if not matrix.expert]
+            total /= torch.tensor(entries, dtype=dtype, device=total.device)
+    return [_spread(s, v, bucket, i) for i, (s, v) in enumerate(zip(totals, request.values, strict=True))]
 
 
 def over_shards(parts: list[Tensor], bucket: Bucket) -> Generator[None, None, list[Tensor]]:
@@ -57,12 +64,18 @@ def _rows(bucket: Bucket, index: int) -> list[tuple[int, int]]:
     return found
 
 
-def _totals(value: Tensor, bucket: Bucket, index: int, dtype: torch.dtype) -> Tensor:
+def _totals(value: Tensor, bucket: Bucket, index: int, dtype: torch.dtype, power: int) -> Tensor:
     """What a shard adds to the sum of each block of each of its matrices: (..., blocks)."""
     ranges = _rows(bucket, index)
+
+    def total(dim: tuple[int, ...]) -> Tensor:
+        if power == 1:
+            return value.sum(dim, dtype=dtype)
+        return torch.linalg.vector_norm(value, dim=dim, dtype=dtype).square_()
+
     if len(ranges) == 1:
-        return value.sum((-2, -1), dtype=dtype).unsqueeze(-1)
-    rows = value.sum(-1, dtype=dtype)  # (..., m_p)
+        return total((-2, -1)).unsqueeze(-1)
+    rows = total((-1,))  # (..., m_p)
     return torch.stack([rows[..., start:stop].sum(-1) for start, stop in ranges], -1)
 
 

@@ -45,7 +45,7 @@ def expand(request: Expand, bucket: Bucket, tally: Tensor) -> Generator[None, No
     """
     crew, parts = bucket.crew, bucket.crew.parts
     for stored, rejected in zip(bucket.stored, request.rejected, strict=bool(request.rejected)):
-        if crew.copy == 0 and (stored.dim == 0 or crew.part == 0):
+        if crew.counts(stored):
             tally += sum(of_block.sum() for of_block in rejected)
     turned = [cut.turned for cut in request.cuts]
     moving = [i for i, flag in enumerate(turned) if travels(bucket.stored[i], flag, parts)]

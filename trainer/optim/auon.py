@@ -1,0 +1,91 @@
+"""AuON (arXiv 2509.24320): the momentum of a matrix over its norm, and over the root mean square of its hyperbolic cosines.
+
+No matrix product: two numbers per matrix are added up over its shards. What it is worth, from the mathematics: the entries of
+a matrix of norm 1 are so small that the mean of cosh^2 is 1 + 1/(mn), which fp32 rounds away. In the paper's form AuON is
+momentum over its Frobenius norm; in that of the released code it is momentum as it is. The brake that the paper describes
+acts if the entries have root mean square 1 before it: `unit-rms`, a variant of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.optim import matrix
+from trainer.optim.options import MomentumOptions
+from trainer.optim.requests import Sum
+from trainer.registry import lazy
+
+torch: Any = lazy("torch")
+
+Mode = Literal["paper", "released", "unit-rms"]
+RELEASED_GAIN = 1.5  # of the entries of a matrix of norm 1, in the released code
+GAUSSIAN_BRAKE = math.sqrt((1 + math.e**2) / 2)  # root mean square of cosh over normal entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MomentumOptions):
+    """AuON on hidden matrices, AdamW on the rest."""
+
+    name: Literal["auon"] = "auon"
+    mode: Mode = "paper"
+    """`paper`: X = M / |M|, the update X / rms(cosh X), of norm 1. `released`: M / rms(cosh 1.5 X), in truth M. `unit-rms`: Z =
+    M / rms(M), 0.2 Z rms(cosh N) / rms(cosh Z) with N normal, so that normal entries move by 0.2 lr and few large ones
+    brake all of their matrix."""
+
+
+def init_state(parameter: Any, group: dict[str, Any]) -> dict[str, Any]:
+    """Momentum in the parameter's layout, fp32."""
+    return {"momentum": matrix.zeros_like(parameter)}
+
+
+def update(
+    weights: list[Any], gradients: list[Any], state: dict[str, list[Any]], group: dict[str, Any]
+) -> Generator[Sum, list[Any], None]:
+    """One step on local shards; see `Options` for U.
+
+    M <- b1 M + (1-b1) G;  W <- W - lr wd W - lr U
+    """
+    ahead, mode = matrix.advance(state["momentum"], gradients, group), group["mode"]
+    sizes = yield Sum(ahead, power=2, mean=mode == "unit-rms", sound=True)
+    inverse = [torch.where(sound(s), s.rsqrt(), 0.0) for s in sizes]
+    gain = RELEASED_GAIN if mode == "released" else 1.0
+    excess = yield Sum(
+        [torch.sinh(a * (gain * i).to(a.dtype)) for a, i in zip(ahead, inverse, strict=True)], power=2, mean=True
+    )
+    steps = []
+    for a, s, i, e in zip(ahead, sizes, inverse, excess, strict=True):
+        factor = braked(torch.ones_like(i) if mode == "released" else i, e, mode)
+        steps.append(torch.where(sound(s), a * factor.to(a.dtype), 0.0))
+    matrix.apply(weights, steps, group)
+
+
+def sound(size: Any) -> Any:
+    """Whether a matrix of this sum of squares has a direction."""
+    return (size > 0) & size.isfinite()
+
+
+def braked(factor: Any, excess: Any, mode: Mode) -> Any:
+    """A factor over rms(cosh), from the mean of sinh^2 = cosh^2 - 1; without entries to add up, exact for small ones."""
+    return factor * (0.2 * GAUSSIAN_BRAKE if mode == "unit-rms" else 1.0) / (1 + excess).sqrt()
+
+
+def reference(w: Any, g: Any, state: dict[str, Any], group: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """One step of one whole matrix in float64, as the tests compare with: (new weight, new state)."""
+    b = group["momentum"]
+    m = b * state["momentum"] + (1 - b) * g
+    u = b * m + (1 - b) * g if group["nesterov"] else m
+    return matrix.reference_apply(w, reference_update(u, group["mode"]), group), {"momentum": m}
+
+
+def reference_update(u: Any, mode: Mode) -> Any:
+    """U of the momentum, whole and in float64."""
+    if mode == "unit-rms":
+        z = u / u.square().mean().sqrt()
+        return 0.2 * math.sqrt((1 + math.exp(2)) / 2) * z / z.cosh().square().mean().sqrt()
+    x = u / u.norm()
+    if mode == "paper":
+        return x / x.cosh().square().mean().sqrt()
+    return u / (1.5 * x).cosh().square().mean().sqrt()
