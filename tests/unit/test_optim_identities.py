@@ -17,6 +17,23 @@ RULES = sorted(alternatives("trainer.optim"))
 MATRIX_RULES = [name for name in RULES if orthogonalizes(alternatives("trainer.optim")[name])]
 
 
+def having(*options: str) -> list[str]:
+    """The matrix rules with these options."""
+    return [
+        name
+        for name in MATRIX_RULES
+        if all(hasattr(alternatives("trainer.optim")[name].Options, option) for option in options)
+    ]
+
+
+WHOLE_RULES, LOW_RANK_RULES = having("polar_dtype"), having("rank")
+
+
+def precise(rule: str, dtype: str = "fp64") -> dict[str, Any]:
+    """Options that make a rule's products exact to that."""
+    return {"polar_dtype": dtype} if rule in WHOLE_RULES else {}
+
+
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -71,18 +88,20 @@ def test_all_rows_move_alike_in_the_first_step_of_a_tall_matrix() -> None:
     gradient = draw(1, 40, 12) * torch.logspace(-1, 1, 40, dtype=torch.float64).unsqueeze(1)  # rows of all sizes
     norms = {
         rule: run(rule, torch.zeros(40, 12).double(), [gradient], lr=0.1, polar_dtype="fp64")[0].norm(dim=1)
-        for rule in MATRIX_RULES
+        for rule in ("muon", "normuon")
     }
     assert norms["normuon"].max() / norms["normuon"].min() < 1 + 1e-5
     assert norms["muon"].max() / norms["muon"].min() > 3
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("rule", MATRIX_RULES)
+@pytest.mark.parametrize("rule", having("nesterov"))
 def test_heavy_ball_momentum_gives_the_same_updates(rule, nesterov, monkeypatch) -> None:
     """T9. M <- b M + G is the average times 1 / (1 - b), which orthogonalization does not see."""
     start, gradients = draw(0, 20, 12), [draw(1 + i, 20, 12) for i in range(5)]
-    options = {"lr": 0.1, "polar_dtype": "fp64", "nesterov": nesterov}
+    options = {"lr": 0.1, "nesterov": nesterov, **precise(rule)}
+    if rule == "root":
+        options["quantile"] = 1.0  # a threshold is rounded up by a thousandth of its binary exponent
     ours, state = run(rule, start, gradients, **options)
 
     def heavy_ball(momentum: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
@@ -129,30 +148,35 @@ def test_a_rate_of_zero_moves_no_weight_and_all_state(rule) -> None:
 def test_without_gradients_decay_is_an_exact_multiplication(rule) -> None:
     """T12, with the base rate whatever the scale of the update."""
     start = draw(0, 20, 12).float()
-    changes = [{}] if rule not in MATRIX_RULES else [{"scale": s} for s in ("rms", "spectral", "shape")]
+    changes = [{}] if rule not in having("scale") else [{"scale": s} for s in ("rms", "spectral", "shape")]
     for change in changes:
         weight, _ = run(rule, start, [torch.zeros(20, 12)] * 3, lr=0.1, weight_decay=0.3, **change)
         expected = start.clone()
         for _ in range(3):
             expected *= 1 - 0.1 * 0.3
         assert torch.equal(weight, expected)
-    if rule in MATRIX_RULES:  # no update has the sign of a weight
+    if rule in having("cautious"):  # no update has the sign of a weight
         assert torch.equal(run(rule, start, [torch.zeros(20, 12)], lr=0.1, weight_decay=0.3, cautious=True)[0], start)
 
 
 @pytest.mark.parametrize("rule", MATRIX_RULES)
 def test_heads_of_one_weight_are_a_batch_of_matrices(rule) -> None:
-    """T14. Equal blocks of rows, a 3-D parameter, and separate parameters are one and the same, to the bit."""
+    """T14. Equal blocks of rows, a 3-D parameter, and separate parameters are one and the same: to the bit, but for the
+    low-rank rules, whose blocks lie beside each other in the factors."""
     heads, start = 4, draw(0, 4, 6, 20).float()
     gradients = [draw(1 + i, 4, 6, 20).float() for i in range(3)]
     options = {"lr": 0.1, "weight_decay": 0.1}
     stacked, state = run(rule, start, gradients, **options)
     fused, flat = run(rule, start.flatten(0, 1), [g.flatten(0, 1) for g in gradients], **options, blocks=[6] * heads)
-    assert torch.equal(fused.view(4, 6, 20), stacked)
-    for key, value in state.items():
-        assert torch.equal(flat[key].view_as(value), value), key
-    for head in range(heads):
-        assert torch.equal(run(rule, start[head], [g[head] for g in gradients], **options)[0], stacked[head])
+    apart = [run(rule, start[head], [g[head] for g in gradients], **options)[0] for head in range(heads)]
+    if rule in LOW_RANK_RULES:
+        for one in (fused.view(4, 6, 20), torch.stack(apart)):
+            assert torch.allclose(one, stacked, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(fused.view(4, 6, 20), stacked)
+        assert torch.equal(torch.stack(apart), stacked)
+        for key, value in state.items():
+            assert torch.equal(flat[key].view_as(value), value), key
     whole = run(rule, start.flatten(0, 1), [g.flatten(0, 1) for g in gradients], **options)[0]
     assert (whole - fused).abs().max() > 1e-3  # one matrix of 24 rows is something else
 
@@ -160,9 +184,7 @@ def test_heads_of_one_weight_are_a_batch_of_matrices(rule) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_of_bf16_weights_is_that_of_fp32_rounded_once(rule) -> None:
     """A decay of 1e-4 alone is below the rounding of bf16; together with the update it is not lost."""
-    options = {"rule": rule, "lr": 1e-2, "weight_decay": 1e-2} | (
-        {"polar_dtype": "fp32"} if rule in MATRIX_RULES else {}
-    )
+    options = {"rule": rule, "lr": 1e-2, "weight_decay": 1e-2, **precise(rule, "fp32")}
     narrow = nn.Parameter(draw(0, 20, 12).bfloat16())
     wide = nn.Parameter(narrow.detach().float())
     optimizers = [ShardedOptimizer([{**options, "params": [weight]}]) for weight in (narrow, wide)]
@@ -174,7 +196,7 @@ def test_a_step_of_bf16_weights_is_that_of_fp32_rounded_once(rule) -> None:
             optimizer.step()
         assert torch.equal(narrow, wide.bfloat16())
         assert all(torch.equal(optimizers[0].state[narrow][k], v) for k, v in optimizers[1].state[wide].items())
-    assert all(v.dtype == torch.float32 for v in optimizers[0].state[narrow].values())
+    assert all(v.dtype == torch.float32 for v in optimizers[0].state[narrow].values() if v.is_floating_point())
 
 
 def test_the_mean_squares_of_bf16_weights_do_not_stall() -> None:
