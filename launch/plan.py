@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import plan_time
 from launch.plan_memory import BUCKET, checkpoint_bytes, memory
-from launch.plan_wire import owners, wire
+from launch.plan_wire import low_rank, owners, wire
 from trainer import registry
 from trainer.derive import Derived, derive
 from trainer.model.peaks import GPUS, peak_of
@@ -117,6 +117,8 @@ def plan(config: RunConfig, machine: Machine, shapes: Callable[[RunConfig], dict
     travels: dict[str, float] = wire(config, record["parameters"], world, derived.micro_steps)
     if matrices:
         travels["optimizer exchange"] = matrices["mean"]
+    elif sent := low_rank(config, record["parameters"], world):
+        travels["optimizer exchange"] = sent
     known = plan_time.measured(config.folder)
     seconds, assumed = plan_time.step_seconds(config, record, derived, world, machine.gpu, machine.mfu, matrices, known)
     counts: dict[str, int] = {}

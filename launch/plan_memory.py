@@ -50,26 +50,33 @@ def local(shape: Sequence[int], parts: int) -> int:
 
 
 def state_bytes(parameter: dict[str, Any], parts: int) -> int:
-    """Optimizer state of a parameter on the first rank: sharded where it has the parameter's rows, else whole."""
+    """Optimizer state of a parameter on the first rank: sharded where it has the parameter's rows, and the state of a
+    low-rank rule along the long side, which is the last one of a weight that is stored transposed; else whole."""
     total = 0
     for shape, width in parameter["state"].values():
-        like = len(shape) == len(parameter["shape"]) and shape[:1] == parameter["shape"][:1]
-        total += width * (local(shape, parts) if like else math.prod(shape))
+        if len(shape) != len(parameter["shape"]):
+            total += width * math.prod(shape)
+        elif shape[0] == parameter["shape"][0]:
+            total += width * local(shape, parts)
+        elif parameter["cut"]:
+            total += width * local(shape[::-1] if parameter["transposed"] else shape, parts)
+        else:
+            total += width * math.prod(shape)
     return total
 
 
 def stored(parameters: Sequence[dict[str, Any]], sharded: bool) -> list[Stored]:
     """The matrices of a matrix rule as `trainer.optim.plan` knows them."""
-    found = []
-    for p in parameters:
-        if not p["whole"]:
-            continue
-        experts, rows, columns = p["shape"] if len(p["shape"]) == 3 else (1, *p["shape"])
-        dim = 0 if len(p["shape"]) == 3 else 1
-        if p["transposed"]:
-            rows, columns, dim = columns, rows, 2 if dim == 1 else 0
-        found.append(Stored((experts, rows, columns), dim if sharded else None, tuple(p["blocks"])))
-    return found
+    return [as_stored(p, sharded) for p in parameters if p["whole"]]
+
+
+def as_stored(parameter: dict[str, Any], sharded: bool) -> Stored:
+    """How a matrix, or a stack of them, lies."""
+    experts, rows, columns = parameter["shape"] if len(parameter["shape"]) == 3 else (1, *parameter["shape"])
+    dim = 0 if len(parameter["shape"]) == 3 else 1
+    if parameter["transposed"]:
+        rows, columns, dim = columns, rows, 2 if dim == 1 else 0
+    return Stored((experts, rows, columns), dim if sharded else None, tuple(parameter["blocks"]))
 
 
 def memory(

@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from launch.plan_memory import FP32, Spread, local, spread, stored
+from launch.plan_memory import FP32, Spread, as_stored, local, spread, stored
 from trainer.optim.plan import imbalance, own, volumes, work
+from trainer.optim.sides import words
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -78,6 +79,20 @@ def owners(config: RunConfig, parameters: Sequence[dict[str, Any]], world: int, 
         "matrices": len(owned), "mean": sum(sent) / len(sent), "most": max(sent), "imbalance": uneven,
         "work": uneven * total / (mesh.parts * copies),
     }  # fmt: skip
+
+
+def low_rank(config: RunConfig, parameters: Sequence[dict[str, Any]], world: int) -> float:
+    """Bytes that the mean rank sends in one step for a rule that turns shards (fp32) or adds up over them (float64)."""
+    mesh = spread(config, world)
+    if not mesh.sharded or mesh.parts == 1:
+        return 0.0
+    total = 0.0
+    for p in parameters:
+        if p["cut"]:
+            turned, width = p["cut"]
+            total += FP32 * sum(sent for sent, _ in words(as_stored(p, True), bool(turned), width, mesh.parts)) / mesh.parts
+        total += 8 * 2 * (mesh.parts - 1) / mesh.parts * p["sums"]
+    return total
 
 
 def statistics(parameters: Sequence[dict[str, Any]]) -> dict[str, int]:

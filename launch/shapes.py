@@ -17,7 +17,7 @@ from trainer.files import digest, read_json, write_json
 if TYPE_CHECKING:
     from trainer.config import RunConfig
 
-FORMAT = 1
+FORMAT = 2
 """Of the record; a change makes all cached ones unknown."""
 
 

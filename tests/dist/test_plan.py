@@ -24,6 +24,10 @@ CASES = [
     (2, TINY, "{name: ddp}", "muon", "--train.precision=bf16"),
     (2, GPT2, "{name: fsdp2}", "normuon", "--train.activation_checkpointing=full"),
     (4, TINY, "{name: fsdp2, replicate: 2, spread_replicas: true}", "normuon", ""),
+    (2, TINY, "{name: fsdp2}", "root", ""),
+    (2, TINY, "{name: fsdp2}", "auon", ""),
+    (2, TINY, "{name: fsdp2}", "trion", ""),
+    (2, GPT2, "{name: fsdp2}", "dct_adamw", ""),
 ]  # fmt: skip
 YAML = """\
 name: t
@@ -35,7 +39,7 @@ train: {length: 10 steps, tokens_per_step: 1024, micro_batch_size: 2}
 def both(group, folder, world, model, parallel, optimizer, more):  # type: ignore[no-untyped-def]
     """(the plan, what the fullest rank held, the mean of what was sent)"""
     path = folder / "run.yaml"
-    polar = "" if optimizer == "adamw" else ", polar_dtype: fp32"
+    polar = ", polar_dtype: fp32" if optimizer in ("normuon", "muon", "root") else ""
     path.write_text(
         f"{YAML}model: {{config: {model}}}\nparallel: {parallel}\noptim: {{name: {optimizer}{polar}}}\nruns: {folder}/runs\n"
     )

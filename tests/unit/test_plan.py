@@ -59,7 +59,7 @@ def record_of(config: Any) -> dict[str, Any]:
             else {"exp_avg": [shape, 4], "exp_avg_sq": [shape, 4], "step": [[], 4]}
         )
         return {"name": name, "shape": shape, "label": label, "rule": "normuon" if whole else "adamw", "unit": unit,
-                "whole": whole, "transposed": False, "blocks": [], "state": state}  # fmt: skip
+                "whole": whole, "cut": None, "sums": 0, "transposed": False, "blocks": [], "state": state}  # fmt: skip
 
     parameters = [entry("embed", [v, d], -1, "embeddings"), entry("head", [v, d], -1, "embeddings")]
     for i in range(layers):

@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.optimizer_tables import gaussian_spectrum
 from trainer.optim import ROOT, Muon
+from trainer.optim.polar import Schedule
 from trainer.optim.root import clipped, threshold
-from trainer.optim.root_tables import FITTED, PUBLISHED, for_shape
+from trainer.optim.root_tables import FITTED, PUBLISHED, SAFETY, for_shape
 
 GROUP = {"clip": "always", "quantile": 0.9, "outlier": 10.0}
 
@@ -92,9 +93,10 @@ def test_a_shape_without_published_coefficients_is_refused() -> None:
         assert for_shape("published", long, short) == (1.0, (triple,) * 5)
 
 
-def left(steps: tuple[tuple[float, float, float], ...], sigma: np.ndarray) -> float:
+def left(schedule: Schedule, sigma: np.ndarray) -> float:
     """Mean of (f(sigma) - 1)^2 over singular values."""
-    sigma = sigma / np.sqrt(np.sum(sigma**2))
+    safety, steps = schedule
+    sigma = sigma / (safety * np.sqrt(np.sum(sigma**2)))
     for a, b, c in steps:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
     return float(np.mean((sigma - 1) ** 2))
@@ -104,7 +106,7 @@ def left(steps: tuple[tuple[float, float, float], ...], sigma: np.ndarray) -> fl
 def test_fitted_coefficients_are_better_than_the_published_ones_on_all_their_shapes(shape) -> None:
     """T30: on Gaussian matrices, and on a power law, where small slopes at zero fail."""
     for sigma in (gaussian_spectrum(*shape), np.arange(1.0, 1025.0) ** -1):
-        assert left(for_shape("fitted", *shape)[1], sigma) < left(for_shape("published", *shape)[1], sigma)
+        assert left(for_shape("fitted", *shape), sigma) < left(for_shape("published", *shape), sigma)
 
 
 def test_the_nearest_aspect_ratio_is_taken() -> None:
@@ -112,14 +114,15 @@ def test_the_nearest_aspect_ratio_is_taken() -> None:
         assert for_shape("fitted", rows, columns)[1] is FITTED[aspect]
 
 
+@pytest.mark.parametrize("swell", [1.0, 1.01])
 @pytest.mark.parametrize("aspect", FITTED)
-def test_fitted_coefficients_keep_their_bounds(aspect) -> None:
-    """A slope at zero of Muon's triple or more; no matrix of rank one blows up or turns round."""
-    value, high = np.linspace(1e-4, 1, 100_000), 0.0
+def test_fitted_coefficients_keep_their_bounds(aspect, swell) -> None:
+    """A slope at zero of Muon's triple or more; no matrix of rank one blows up or turns round, rounded to bf16 or not."""
+    value, high = np.linspace(1e-4, 1, 100_000) / SAFETY, 0.0
     for a, b, c in FITTED[aspect]:
-        value = a * value + b * value**3 + c * value**5
+        value = swell * (a * value + b * value**3 + c * value**5)
         high = max(high, float(np.abs(value).max()))
-    assert math.prod(a for a, _, _ in FITTED[aspect]) >= 480
+    assert math.prod(a for a, _, _ in FITTED[aspect]) / SAFETY >= 480
     assert value.min() > 0
     assert value[1000:].min() > 0.4
     assert value.max() < 1.2

@@ -28,7 +28,9 @@ from trainer.model.activations import checkpointed
 from trainer.model.build import architecture, blocks, build
 from trainer.model.flops import flops_per_token
 from trainer.model.loss import cross_entropy, model_inputs
-from trainer.optim.groups import parameter_groups
+from trainer.optim import root_tables
+from trainer.optim.groups import parameter_groups, refused
+from trainer.optim.low_rank import cut_of
 from trainer.optim.polar import COEFFICIENTS
 from trainer.optim.sharded import orthogonalizes, rule_of
 
@@ -37,8 +39,10 @@ def footprint(config: RunConfig) -> dict[str, Any]:
     """The record that `orthogon plan` works on, as JSON values.
 
     `parameters`: name, shape, label (matrices, embeddings, vectors), rule, unit (the block it belongs to, -1 for the
-    rest), whole (whether its rule asks for whole matrices), transposed, blocks (rows of fused pieces), and `state`:
-    [shape, bytes of an entry] by key, as stored. `polar_steps`: Newton-Schulz steps of such a rule.
+    rest), whole (whether its rule asks for whole matrices), cut (of a low-rank rule: whether it is compressed along its rows,
+    and to how many columns; else None), sums (float64 numbers that are added up over its shards), transposed, blocks (rows
+    of fused pieces), and `state`: [shape, bytes of an entry] by key, as stored. `polar_steps`: Newton-Schulz steps of a
+    rule of whole matrices.
     `activations`: bytes that live after a forward (`kept`) and at most until the backward's end (`peak`), each as
     [fixed, per sequence of a micro-step]; None where they cannot be counted, and `why`.
     """
@@ -57,11 +61,20 @@ def footprint(config: RunConfig) -> dict[str, Any]:
         "parameters": parameters(model, config.optim),
         "buffers": sum(b.nbytes for name, b in model.named_buffers() if name in persistent),
         "units": len(blocks(model)),
-        "polar_steps": len(COEFFICIENTS[config.optim.polar][1]) if hasattr(config.optim, "polar") else 0,
+        "polar_steps": polar_steps(config.optim),
         "flops_per_token": flops_per_token(model, config.data.sequence_length),
         "activations": kept,
         "why": why,
     }
+
+
+def polar_steps(options: Any) -> int:
+    """Newton-Schulz steps on whole matrices."""
+    if not hasattr(options, "polar_dtype"):
+        return 0
+    if options.polar in COEFFICIENTS:
+        return int(getattr(options, "steps", len(COEFFICIENTS[options.polar][1])))
+    return root_tables.STEPS
 
 
 def special_tokens(config: RunConfig) -> tuple[int, int | None, int | None]:
@@ -89,19 +102,31 @@ def parameters(model: Any, options: Any) -> list[dict[str, Any]]:
             return tensor.mT if transposed and tensor.ndim > 1 else tensor
 
         for name, parameter in group["params"]:
-            state = rule.init_state(turned(parameter), group)
+            logical = turned(parameter)
+            try:
+                state = rule.init_state(logical, group)
+            except ValueError as error:
+                raise refused(ValueError(f"{name}: {error}")) from None
             found[name] = {
                 "name": name,
                 "shape": list(parameter.shape),
                 "label": group["label"],
                 "rule": group["rule"],
                 "unit": unit.get(parameter, -1),
-                "whole": orthogonalizes(rule),
+                "whole": orthogonalizes(rule) and hasattr(options, "polar_dtype"),
+                "cut": cut(logical.shape, group) if "rank" in group else None,
+                "sums": rule.reduced(logical.shape, group) if hasattr(rule, "reduced") and logical.ndim == 2 else 0,
                 "transposed": transposed,
                 "blocks": list(group.get("blocks", ())),
                 "state": {key: [list(turned(value).shape), value.itemsize] for key, value in state.items()},
             }
     return [found[name] for name, _ in model.named_parameters() if name in found]
+
+
+def cut(shape: Any, group: dict[str, Any]) -> list[int]:
+    """[whether the rows are the short side, columns of the factor] of a low-rank rule."""
+    found = cut_of(shape, group)
+    return [int(found.turned), found.width]
 
 
 def activations(config: RunConfig, shape: Any) -> tuple[dict[str, list[int]] | None, str]:

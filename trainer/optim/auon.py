@@ -9,7 +9,7 @@ acts if the entries have root mean square 1 before it: `unit-rms`, a variant of 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +60,11 @@ def update(
         factor = braked(torch.ones_like(i) if mode == "released" else i, e, mode)
         steps.append(torch.where(sound(s), a * factor.to(a.dtype), 0.0))
     matrix.apply(weights, steps, group)
+
+
+def reduced(shape: Sequence[int], group: dict[str, Any]) -> float:
+    """Float64 numbers that a step adds up over the shards of a parameter: two per matrix."""
+    return 2 * max(1, len(group["blocks"]))
 
 
 def sound(size: Any) -> Any:

@@ -7,7 +7,7 @@ the bias correction: with that of the run their first step would be several time
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -75,6 +75,11 @@ def init_state(parameter: Any, group: dict[str, Any]) -> dict[str, Any]:
         state["feedback"] = zeros(parameter, cut, sum(feedback.width(s, form) for s in shorts(cut)), torch.uint8)
         state["feedback_range"] = zeros(parameter, cut, 2 * len(shorts(cut)))
     return state
+
+
+def reduced(shape: Sequence[int], group: dict[str, Any]) -> float:
+    """Float64 numbers that a step adds up over the shards of a parameter, on the mean: a score per column."""
+    return sum(b.short[1] - b.short[0] for b in cut_of(shape, group).blocks) / group["refresh"]
 
 
 def shorts(cut: Cut) -> list[int]:

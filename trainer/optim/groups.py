@@ -15,8 +15,21 @@ from trainer.outcome import RunError
 
 
 def build_optimizer(model: nn.Module, options: Any, **engine: Any) -> ShardedOptimizer:
-    """One optimizer over all parameters of `model`; `engine` goes to `ShardedOptimizer`. See `parameter_groups`."""
-    return ShardedOptimizer(parameter_groups(model, options), **engine)
+    """One optimizer over all parameters of `model`; `engine` goes to `ShardedOptimizer`. See `parameter_groups`.
+
+    Raises:
+        RunError: what `parameter_groups` or the optimizer refuses.
+    """
+    try:
+        return ShardedOptimizer(parameter_groups(model, options), **engine)
+    except ValueError as error:
+        raise refused(error) from None
+
+
+def refused(error: ValueError) -> RunError:
+    """What an optimizer says, as an error of the configuration; after a semicolon it says what to do."""
+    what, _, mend = str(error).partition("; ")
+    return RunError(what, where="optim", mend=mend or "see docs/optimizers.md")
 
 
 def parameter_groups(model: nn.Module, options: Any) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from trainer.optim.polar import (
     Form,
     Precision,
     Schedule,
+    aligned,
     polar,
     precision,
     scaled_or_zero,
@@ -94,10 +95,13 @@ def update(
         before = {"paper": torch.ones_like(inverse), "released": auon.RELEASED_GAIN * inverse, "unit-rms": inverse}[
             mode
         ]
-        excess = squares(torch.sinh(x.to(wide(x)) * before.to(wide(x))), -1).mean(
-            dim=-2, keepdim=True, dtype=torch.float64
+        entries = aligned(
+            x.to(wide(x)) * before.to(wide(x))
+        )  # else sinh of an entry would depend on its place in the batch
+        excess = (
+            entries.sinh_().square_().sum(-1, keepdim=True).sum(-2, keepdim=True, dtype=torch.float64) / x[0].numel()
         )
-        factor = auon.braked(inverse if mode == "unit-rms" else 1.0, excess / x.shape[-1], mode)
+        factor = auon.braked(inverse if mode == "unit-rms" else 1.0, excess, mode)
         return (scaled_or_zero(x, factor.to(wide(x)), bad),), bad.flatten()
 
     (steps,) = yield Whole(direction, (ahead,), ("matrix",), (transport(dtype),))

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from trainer.optim import matrix
 from trainer.optim.options import MatrixOptions
-from trainer.optim.polar import CoefficientName, polar, precision, transport, wide
+from trainer.optim.polar import CoefficientName, polar, precision, transport
 from trainer.optim.polar import reference as reference_polar
 from trainer.optim.requests import Whole
 from trainer.optim.root_tables import for_shape
@@ -65,29 +65,36 @@ def threshold(u: Any, q: float) -> Any:
     One histogram over the leading bits of the fp32 representation, which bins by logarithm; no sort. A quantile more
     than 2^16 below the largest entry is reported as 2^-16 of that.
     """
-    size = u[0].numel()
-    bits = u.float().abs().flatten(1).view(torch.int32) >> 13  # exponent and 10 bits of the mantissa
+    size, bins = u[0].numel(), BINS * OCTAVES
+    bits = u.float().abs().flatten(1).view(torch.int32).bitwise_right_shift_(13)  # exponent and 10 bits of the mantissa
     top = bits.amax(1, keepdim=True)
-    bins = BINS * OCTAVES
-    index = (bits - top + bins - 1).clamp_(0, bins - 1).long()
-    index += bins * torch.arange(len(u), device=u.device).unsqueeze(1)
-    counts = torch.bincount(index.flatten(), minlength=bins * len(u)).view(len(u), bins).cumsum(1)
+    bits.sub_(top - (bins - 1)).clamp_(0, bins - 1)
+    bits += bins * torch.arange(len(u), device=u.device, dtype=torch.int32).unsqueeze(1)
+    counts = _counts(bits.flatten(), bins * len(u)).view(len(u), bins).cumsum(1)
     chosen = (counts < math.ceil(q * size)).sum(1, keepdim=True)  # the first bin that holds the quantile
     edge = (chosen - bins + 2 + top).clamp_(min=0).to(torch.int32) << 13  # where the next one begins
     return edge.view(torch.float32).unsqueeze(-1)
 
 
+def _counts(values: Any, size: int) -> Any:
+    """How often each of `size` whole numbers occurs. bincount would wait for a CUDA device."""
+    if not values.is_cuda:
+        return torch.bincount(values, minlength=size)
+    one = torch.ones((), dtype=torch.int32, device=values.device)
+    return torch.zeros(size, dtype=torch.int32, device=values.device).scatter_add_(
+        0, values.long(), one.expand(values.shape)
+    )
+
+
 def clipped(u: Any, group: dict[str, Any]) -> Any:
-    """The matrices (N, m, n) with entries clamped to the quantile, in fp32 or wider; see `Options`."""
-    u = u.to(wide(u))
+    """The matrices (N, m, n) with entries clamped to the quantile, itself rounded to their dtype; see `Options`."""
     if group["quantile"] == 1:
         return u
     most = u.abs().amax(dim=(-2, -1), keepdim=True)
-    limit = torch.minimum(threshold(u, group["quantile"]).to(u.dtype), most)
+    limit = threshold(u, group["quantile"]).to(u.dtype)
     if group["clip"] == "outliers":
-        share = u / most.clamp_min(torch.finfo(u.dtype).tiny)  # no square of it overflows
-        mean_square = share.square_().sum(dim=(-2, -1), keepdim=True, dtype=torch.float64) / u[0].numel()
-        limit = torch.where(mean_square * group["outlier"] ** 2 < 1, limit, most)
+        norm = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        limit = torch.where(most > group["outlier"] * norm / u[0].numel() ** 0.5, limit, most)
     return u.clamp(-limit, limit)
 
 
@@ -119,7 +126,7 @@ def reference(w: Any, g: Any, state: dict[str, Any], group: dict[str, Any]) -> t
     fraction, exponent = torch.frexp(ordered[math.ceil(group["quantile"] * u.numel()) - 1])
     edge = torch.ldexp(((fraction * 2 * BINS).floor() + 1) / (2 * BINS), exponent)
     ordinary = group["clip"] == "outliers" and ordered[-1] <= group["outlier"] * u.square().mean().sqrt()
-    limit = ordered[-1] if ordinary or group["quantile"] == 1 else torch.minimum(edge, ordered[-1])
+    limit = ordered[-1] if ordinary or group["quantile"] == 1 else edge
     u = u.sign() * torch.minimum(u.abs(), limit)
     o = reference_polar(u, for_shape(group["polar"], *w.shape), group["polar_prescale"])
     return matrix.reference_apply(w, o * matrix.scale(group["scale"], *w.shape), group), {"momentum": m}

@@ -71,7 +71,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     state = rule.init_state(_logical(parameter, group), group)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
-                self.state[parameter] = {key: _logical(value, group) for key, value in state.items()}
+                self.state[parameter] = {key: _logical(value, group).contiguous() for key, value in state.items()}
         if not self.state:
             raise ValueError("the optimizer was given no parameters; is an iterator used up?")
         self._plan()

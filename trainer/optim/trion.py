@@ -7,7 +7,7 @@ accumulated, added and iterated in float64.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -78,6 +78,11 @@ def update(
         piece.factor(results).copy_(torch.where(bad, 0.0, factor @ right))
     keep, by = 1 - group["lr"] * group["weight_decay"], -group["lr"]
     yield Expand(weights, results, by_parameter(kept, pieces), cuts, keep, by, by_parameter(rejected, pieces))
+
+
+def reduced(shape: Sequence[int], group: dict[str, Any]) -> float:
+    """Float64 numbers that a step adds up over the shards of a parameter: a score per column, and r x r."""
+    return sum(b.short[1] - b.short[0] + b.rank**2 for b in cut_of(shape, group).blocks)
 
 
 def reference(w: Any, g: Any, state: dict[str, Any], group: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
