@@ -90,7 +90,9 @@ def low_rank(config: RunConfig, parameters: Sequence[dict[str, Any]], world: int
     for p in parameters:
         if p["cut"]:
             turned, width = p["cut"]
-            total += FP32 * sum(sent for sent, _ in words(as_stored(p, True), bool(turned), width, mesh.parts)) / mesh.parts
+            total += (
+                FP32 * sum(sent for sent, _ in words(as_stored(p, True), bool(turned), width, mesh.parts)) / mesh.parts
+            )
         total += 8 * 2 * (mesh.parts - 1) / mesh.parts * p["sums"]
     return total
 
