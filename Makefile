@@ -47,6 +47,7 @@ bench: install       ## side-by-side measurements
 
 tables: install      ## write the tables of docs/optimizers.md, in some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/optimizer_tables.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/family_tables.py
 
 schema: install      ## write configs/schema.json and docs/config.md from the code
 	$(BIN)/python -m trainer.reference

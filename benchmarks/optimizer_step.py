@@ -1,11 +1,11 @@
 """What an optimizer step costs: time, bytes, memory, side by side in one process group of two ranks on this machine.
 
 Ours (NorMuon, also with a 4-step preset), microsoft/dion's NorMuon where `--peer PATH` names a checkout of it,
-torch.optim.Muon on replicated parameters, and AdamW. A step is timed from a barrier to the slower rank's end, the
+torch.optim.Muon on replicated parameters, and AdamW; or, with `--family`, all of ours. A step is timed from a barrier to the slower rank's end, the
 contestants take turns, and the figures are medians (least to most). Memory is the rise of the peak resident set over a
 step, in processes of their own in which freed memory goes back to the system at once.
 
-    python benchmarks/optimizer_step.py [--peer PATH] [--rounds 7] [--model llama|squares]
+    python benchmarks/optimizer_step.py [--peer PATH | --family] [--rounds 7] [--model llama|squares]
 """
 
 from __future__ import annotations
@@ -32,6 +32,21 @@ MODELS = {
     "squares": ("24 x 1024 x 1024", [(1024, 1024)] * 24),
 }
 RANKS = 2
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "NorMuon": ("NorMuon", {}),
+    "NorMuon 4 steps": ("NorMuon", {"polar": "quintic-4", "polar_prescale": "schatten"}),
+    "Muon": ("Muon", {}),
+    "ROOT": ("ROOT", {}),
+    "Hybrid-AuON, 1 step": ("HybridAuON", {}),
+    "AuON": ("AuON", {}),
+    "AuON, unit-rms": ("AuON", {"mode": "unit-rms"}),
+    "Trion, r = 64": ("Trion", {"rank": 64}),
+    "DCT-AdamW, r = 64, T = 50": ("DCTAdamW", {"rank": 64, "refresh": 50}),
+    "DCT-AdamW, r = 64, T = 1": ("DCTAdamW", {"rank": 64}),
+    "AdamW": ("AdamW", {}),
+}
+PEERS = ["NorMuon", "NorMuon 4 steps", "dion NorMuon", "replicated Muon", "AdamW"]
+FAMILY = [name for name in OURS if not name.startswith("NorMuon 4")]
 ROOT = Path(__file__).parents[1]
 
 
@@ -55,12 +70,10 @@ def contestant(name: str, shapes: list[tuple[int, int]], peer: str | None) -> An
         from dion.normuon import NorMuon as Peer
 
         return Peer(weights, distributed_mesh=mesh, lr=1e-3)
-    from trainer.optim import AdamW, NorMuon
+    from trainer import optim
 
-    if name == "AdamW":
-        return AdamW(weights, lr=1e-3)
-    options = {"polar": "quintic-4", "polar_prescale": "schatten"} if "4 steps" in name else {}
-    return NorMuon(weights, lr=1e-3, **options)
+    kind, options = OURS[name]
+    return getattr(optim, kind)(weights, lr=1e-3, **options)
 
 
 def peak_rise(step: Any) -> int:
@@ -82,7 +95,7 @@ def worker(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     dist.init_process_group("gloo")
-    names, shapes = arguments.names.split(","), MODELS[arguments.model][1]
+    names, shapes = arguments.names.split(";"), MODELS[arguments.model][1]
     counted = [0]  # bytes to other ranks, through either of torch's all-to-alls
     single, lists = dist.all_to_all_single, dist.all_to_all
 
@@ -125,7 +138,7 @@ def launch(names: list[str], rounds: int, arguments: argparse.Namespace, environ
         out = f"{folder}/out.json"
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), __file__,
-            "--names", ",".join(names), "--rounds", str(rounds), "--model", arguments.model, "--out", out,
+            "--names", ";".join(names), "--rounds", str(rounds), "--model", arguments.model, "--out", out,
         ]  # fmt: skip
         command += ["--peer", arguments.peer] if arguments.peer else []
         command += ["--memory"] if environment else []
@@ -138,6 +151,7 @@ def launch(names: list[str], rounds: int, arguments: argparse.Namespace, environ
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--peer", help="checkout of microsoft/dion")
+    parser.add_argument("--family", action="store_true", help="all of our rules")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model", choices=MODELS, default="llama")
     parser.add_argument("--names", help=argparse.SUPPRESS)
@@ -147,21 +161,25 @@ def main() -> None:
     if arguments.names:
         worker(arguments)
         return
-    names = ["NorMuon", "NorMuon 4 steps", "dion NorMuon", "replicated Muon", "AdamW"]
-    names = [name for name in names if arguments.peer or "dion" not in name]
+    names = FAMILY if arguments.family else [name for name in PEERS if arguments.peer or "dion" not in name]
     timed = launch(names, arguments.rounds, arguments, {})
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     memory = {name: launch([name], 2, arguments, at_once)["rise"][name] for name in names}
     title, shapes = MODELS[arguments.model]
     optimum = sum(2 * m * n / RANKS * (1 - 1 / RANKS) * 2 for m, n in shapes)
     print(f"{title}; {RANKS} ranks, one thread each, torch {torch.__version__}, gloo")
-    print("| optimizer | step, s | least to most | to ours | MB to other ranks | peak memory, MB |")
-    print("|---|---|---|---|---|---|")
+    bases = ["Muon", "AdamW"] if arguments.family else ["NorMuon"]
+    print(
+        f"| optimizer | step, s | least to most | {' | '.join(f'to {b}' for b in bases)} | MB to other ranks | peak memory, MB |"
+    )
+    print("|---|---|---" + "|---" * len(bases) + "|---|---|")
     for name in names:
         seconds = timed["times"][name]
-        ratio = statistics.median(a / b for a, b in zip(seconds, timed["times"]["NorMuon"], strict=True))
+        ratios = [
+            statistics.median(a / b for a, b in zip(seconds, timed["times"][base], strict=True)) for base in bases
+        ]
         print(
-            f"| {name} | {statistics.median(seconds):.3f} | {min(seconds):.3f} to {max(seconds):.3f} | {ratio:.2f} "
+            f"| {name} | {statistics.median(seconds):.3f} | {min(seconds):.3f} to {max(seconds):.3f} | {' | '.join(f'{r:.2f}' for r in ratios)} "
             f"| {timed['sent'][name] / 1e6:.1f} | {memory[name] / 1e6:.0f} |"
         )
     print(f"unpadded optimum: {optimum / 1e6:.1f} MB")

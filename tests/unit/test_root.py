@@ -14,7 +14,7 @@ from trainer.optim.polar import Schedule
 from trainer.optim.root import clipped, threshold
 from trainer.optim.root_tables import FITTED, PUBLISHED, SAFETY, for_shape
 
-GROUP = {"clip": "always", "quantile": 0.9, "outlier": 10.0}
+GROUP = {"clip": "always", "quantile": 0.9, "outlier": 6.0}
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_fitted_coefficients_keep_their_bounds(aspect, swell) -> None:
 
 @pytest.mark.parametrize(("option", "message"), [
     ({"quantile": 0.0}, "quantile is 0.0; use"), ({"quantile": 1.5}, "quantile is 1.5; use"),
-    ({"quantile": float("nan")}, "quantile is nan"), ({"outlier": 0.0}, "outlier is 0.0; use"),
+    ({"quantile": float("nan")}, "quantile is nan"), ({"outlier": 0.5}, "outlier is 0.5; use 1 or more"),
     ({"clip": "soft"}, "clip 'soft' is unknown"),
 ])  # fmt: skip
 def test_bad_options_are_named(option, message) -> None:

@@ -99,7 +99,7 @@ class ROOT(ShardedOptimizer):
 
     def __init__(
         self, params: Iterable[Any], lr: float = 2e-3, momentum: float = 0.95, nesterov: bool = False,
-        quantile: float = 0.9, clip: str = "always", outlier: float = 10.0, scale: str = "rms",
+        quantile: float = 0.9, clip: str = "always", outlier: float = 6.0, scale: str = "rms",
         weight_decay: float = 0.0, cautious: bool = False, polar: str = "fitted", polar_dtype: str = "auto",
         polar_form: str = "standard", polar_prescale: str = "frobenius", **engine: Any,
     ) -> None:  # fmt: skip

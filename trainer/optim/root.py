@@ -35,10 +35,10 @@ class Options(MatrixOptions):
     quantile: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Quantile of the magnitudes that larger entries are clipped to; 1 clips nothing."""
     clip: Literal["always", "outliers"] = "always"
-    """`always` clips every matrix (the paper); `outliers` only one whose largest entry is over `outlier` times its root
-    mean square."""
-    outlier: Annotated[float, Field(gt=0)] = 10.0
-    """Largest entry over root mean square from which `clip: outliers` clips."""
+    """`always` clips every matrix (the paper); `outliers` only one whose largest entry is over `outlier` times that
+    quantile."""
+    outlier: Annotated[float, Field(ge=1)] = 6.0
+    """Largest entry over the quantile from which `clip: outliers` clips; of Gaussian entries it is 2.5 to 3.3."""
     polar: CoefficientName | Literal["fitted", "published"] = "fitted"  # type: ignore[assignment]
     """Coefficients of the Newton-Schulz steps: `fitted` by this project for the aspect ratio of a matrix, the paper's
     `published` triples for the four shapes that have one, or those of a name."""
@@ -52,8 +52,8 @@ def init_state(parameter: Any, group: dict[str, Any]) -> dict[str, Any]:
     """
     if not 0 < group["quantile"] <= 1:
         raise ValueError(f"quantile is {group['quantile']}; use more than 0 and at most 1 (1 clips nothing)")
-    if not group["outlier"] > 0:
-        raise ValueError(f"outlier is {group['outlier']}; use more than 0")
+    if not group["outlier"] >= 1:
+        raise ValueError(f"outlier is {group['outlier']}; use 1 or more: it is a multiple of the quantile")
     for rows in group["blocks"] or [parameter.shape[-2]]:
         for_shape(group["polar"], rows, parameter.shape[-1])
     return {"momentum": matrix.zeros_like(parameter)}
@@ -90,11 +90,10 @@ def clipped(u: Any, group: dict[str, Any]) -> Any:
     """The matrices (N, m, n) with entries clamped to the quantile, itself rounded to their dtype; see `Options`."""
     if group["quantile"] == 1:
         return u
-    most = u.abs().amax(dim=(-2, -1), keepdim=True)
     limit = threshold(u, group["quantile"]).to(u.dtype)
     if group["clip"] == "outliers":
-        norm = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-        limit = torch.where(most > group["outlier"] * norm / u[0].numel() ** 0.5, limit, most)
+        most = u.abs().amax(dim=(-2, -1), keepdim=True)
+        limit = torch.where(most > group["outlier"] * limit, limit, most)
     return u.clamp(-limit, limit)
 
 
@@ -125,7 +124,7 @@ def reference(w: Any, g: Any, state: dict[str, Any], group: dict[str, Any]) -> t
     ordered = u.abs().flatten().sort().values
     fraction, exponent = torch.frexp(ordered[math.ceil(group["quantile"] * u.numel()) - 1])
     edge = torch.ldexp(((fraction * 2 * BINS).floor() + 1) / (2 * BINS), exponent)
-    ordinary = group["clip"] == "outliers" and ordered[-1] <= group["outlier"] * u.square().mean().sqrt()
+    ordinary = group["clip"] == "outliers" and ordered[-1] <= group["outlier"] * edge
     limit = ordered[-1] if ordinary or group["quantile"] == 1 else edge
     u = u.sign() * torch.minimum(u.abs(), limit)
     o = reference_polar(u, for_shape(group["polar"], *w.shape), group["polar_prescale"])
