@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.optim import AuON, HybridAuON
+from trainer.optim import AuON, HybridAuON, auon
 from trainer.optim.polar import COEFFICIENTS, reference
 
 
@@ -35,6 +35,19 @@ def test_the_papers_form_is_momentum_over_its_norm() -> None:
         assert torch.allclose(after(AuON, g * size), update, rtol=1e-5, atol=0)
     small = after(AuON, noise(2, 3).double())  # not so for six entries
     assert small.norm() < 0.95
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+@pytest.mark.parametrize("side", [440, 1100])  # of 440 x 440 entries and more (1,065 x 1,065) the cosh is known before
+def test_without_a_pass_for_the_cosh_an_update_is_that_of_the_formula(mode, side, monkeypatch) -> None:
+    passes = []
+    monkeypatch.setattr(auon.torch, "sinh", lambda x, sinh=torch.sinh: passes.append(x.shape) or sinh(x))
+    for outlier in (0.0, 1e9):  # many small entries; in effect a single one, the worst case
+        g = noise(side, side)
+        g[3, 5] += outlier
+        exact = auon.reference_update(g.double(), mode)
+        assert (after(AuON, g, mode=mode) - exact).norm() < 1.1e-6 * exact.norm()
+    assert len(passes) == (2 if (side, mode) == (440, "released") else 0)
 
 
 def test_the_released_form_is_momentum() -> None:

@@ -56,8 +56,9 @@ def scaled_if_sound(o: Any, family: str) -> tuple[tuple[Any], Any]:
     return (scaled_or_zero(o, factor, bad),), bad.flatten()
 
 
-def apply(weights: list[Any], steps: list[Any], group: dict[str, Any]) -> None:
-    """W <- W - lr wd W - lr S, in place; cautious: the decay only where S and W have one sign.
+def apply(weights: list[Any], steps: list[Any], group: dict[str, Any], factors: list[Any] | None = None) -> None:
+    """W <- W - lr wd W - lr f S, in place; cautious: the decay only where S and W have one sign. f: factors >= 0 that fit
+    the rows or the whole of S, 1 without.
 
     bf16 weights are rounded once: by itself a decay below 2^-9 would be rounded away.
     """
@@ -68,8 +69,11 @@ def apply(weights: list[Any], steps: list[Any], group: dict[str, Any]) -> None:
         torch._foreach_add_(wide, shrunk, alpha=-decay)
     elif decay:
         torch._foreach_mul_(wide, 1 - decay)
-    for weight, target, step in zip(weights, wide, steps, strict=True):
-        target.add_(step, alpha=-group["lr"])  # a foreach of two dtypes does the same, more slowly
+    for weight, target, step, factor in zip(weights, wide, steps, factors or [None] * len(steps), strict=True):
+        if factor is None:
+            target.add_(step, alpha=-group["lr"])  # a foreach of two dtypes does the same, more slowly
+        else:
+            target.addcmul_(step, factor, value=-group["lr"])
         if weight is not target:
             weight.copy_(target)
 
