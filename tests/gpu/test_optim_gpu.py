@@ -154,7 +154,8 @@ def test_memory_of_a_step_is_a_small_multiple_of_a_bucket(rule, mesh) -> None:
             torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / (per_bucket * size)
 
-    few, many, huge = peak(16, 4), peak(48, 4), peak(48, 48) * 12
+    few, many = peak(16, 4), peak(48, 4)
     assert many < 12
     assert many < 1.1 * few
-    assert huge > 24
+    if rule in HALF_RULES:  # these hold whole matrices
+        assert peak(48, 48) * 12 > 24

@@ -79,7 +79,7 @@ def _squares(value: Tensor, dtype: torch.dtype) -> Tensor:
     if value.device.type == "cpu" and value.numel():
         norms = torch.linalg.vector_norm(value, dim=-1)
         least, most = norms.aminmax()
-        if 1e-15 < least and most < 1e15:
+        if least > 1e-15 and most < 1e15:
             return norms.to(dtype).square_()
     return torch.linalg.vector_norm(value, dim=-1, dtype=dtype).square_()
 
