@@ -130,15 +130,19 @@ def missing_gradient_on_one_rank(rule: str) -> bool:
     return all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def bytes_sent(rule: str, shapes: list[tuple[int, int]]) -> tuple[int, int]:
-    """Bytes that this rank hands to all-to-all for others in one step, and takes from them."""
+def bytes_sent(rule: str, shapes: list[tuple[int, int]], options: dict[str, Any]) -> tuple[int, int, int]:
+    """Bytes that this rank hands to all-to-all for others in one step and takes from them, and numbers that it has added."""
     mesh = mesh_of(dist.get_world_size())
     weights = [nn.Parameter(distribute_tensor(tensor(i, shape), mesh, [Shard(0)])) for i, shape in enumerate(shapes)]
-    optimizer = ShardedOptimizer([{"rule": rule, "params": weights, "polar_dtype": "bf16"}])
+    optimizer = ShardedOptimizer([{"rule": rule, "params": weights, **options}])
     for i, weight in enumerate(weights):
         weight.grad = distribute_tensor(tensor(100 + i, shapes[i]), mesh, [Shard(0)])
-    counted = [0, 0]
-    true = dist.all_to_all_single
+    counted = [0, 0, 0]
+    true, add = dist.all_to_all_single, dist.all_reduce
+
+    def adding(numbers: torch.Tensor, **options: Any) -> Any:
+        counted[2] += numbers.numel()
+        return add(numbers, **options)
 
     def counting(output: torch.Tensor, input: torch.Tensor, out_sizes: Any, in_sizes: Any, **options: Any) -> Any:
         rank = dist.get_rank()
@@ -146,12 +150,12 @@ def bytes_sent(rule: str, shapes: list[tuple[int, int]]) -> tuple[int, int]:
         counted[1] += sum(out_sizes) - out_sizes[rank]
         return true(output, input, out_sizes, in_sizes, **options)
 
-    dist.all_to_all_single = counting
+    dist.all_to_all_single, dist.all_reduce = counting, adding
     try:
         optimizer.step()
     finally:
-        dist.all_to_all_single = true
-    return counted[0], counted[1]
+        dist.all_to_all_single, dist.all_reduce = true, add
+    return counted[0], counted[1], counted[2]
 
 
 def disagree(rule: str, about: str) -> str:
@@ -170,13 +174,13 @@ def disagree(rule: str, about: str) -> str:
     return ""
 
 
-def non_finite() -> tuple[int, bool, bool]:
+def non_finite(rule: str, value: float) -> tuple[int, bool, bool]:
     """(rejected matrices over all ranks, whether the sick matrix stayed, whether all others moved)."""
-    weights, optimizer = build("normuon", "shard0", {}, torch.float32)
+    weights, optimizer = build(rule, "shard0", {}, torch.float32)
     give_gradients(weights, "shard0", 1)
     before = [whole(w) for w in weights]
     if dist.get_rank() == 0:
-        weights[0].grad.to_local()[0, 0] = float("nan")  # type: ignore[union-attr]
+        weights[0].grad.to_local()[0, 0] = value  # type: ignore[union-attr]
     optimizer.step()
     count = torch.tensor([optimizer.take_rejected()])
     dist.all_reduce(count)

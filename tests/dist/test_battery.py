@@ -10,6 +10,7 @@ import torch
 from tests.dist import bodies_optim as bodies
 from trainer.optim.plan import Stored, own, traffic
 from trainer.optim.sharded import orthogonalizes
+from trainer.optim.sides import words
 from trainer.registry import alternatives
 
 RULES = sorted(alternatives("trainer.optim"))
@@ -184,9 +185,28 @@ def test_bytes_are_those_of_the_unpadded_optimum(rule, world, group) -> None:
     shapes = [(336, 128), (128, 336), (126, 126), (336, 128), (97, 64)]
     stored = [Stored((1, *shape), 1) for shape in shapes]
     plan = traffic(stored, own(stored, world), world, 2)
-    for (sent, received), (formula_sent, formula_received) in zip(group(world, bodies.bytes_sent, rule, shapes), plan, strict=True):
+    measured = group(world, bodies.bytes_sent, rule, shapes, {"polar_dtype": "bf16"})
+    for (sent, received, added), (formula_sent, formula_received) in zip(measured, plan, strict=True):
         assert formula_sent <= sent <= 1.05 * formula_sent
         assert formula_received <= received <= 1.05 * formula_received
+        assert added == 0
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+@pytest.mark.parametrize("rank", [8, 60])  # below and above the rows of a shard of a wide weight
+@pytest.mark.parametrize("rule", LOW_RANK_RULES)
+def test_bytes_are_those_of_the_turn_and_of_the_sums(rule, rank, world, group) -> None:
+    """l s_p + l min(s_p, r) words of fp32 for wide weights, nothing for tall ones; and the sums that the rule names."""
+    shapes = [(336, 128), (128, 336), (126, 126), (64, 97)]
+    turns = [words(Stored((1, *shape), 1), shape[0] < shape[1], rank, world) for shape in shapes]
+    known = alternatives("trainer.optim")[rule]
+    sums = sum(known.reduced(shape, {"rank": rank, "blocks": [], "refresh": 1}) for shape in shapes)
+    measured = group(world, bodies.bytes_sent, rule, shapes, {"rank": rank})
+    for part, (sent, received, added) in enumerate(measured):
+        formula_sent, formula_received = (4 * sum(turn[part][way] for turn in turns) for way in (0, 1))
+        assert 0 < formula_sent <= sent <= 1.05 * formula_sent
+        assert 0 < formula_received <= received <= 1.05 * formula_received
+        assert added == sums
 
 
 @pytest.mark.parametrize("rule", MATRIX_RULES)
@@ -203,5 +223,7 @@ def test_ranks_with_other_parameters_are_refused_on_all(rule, about, group) -> N
     assert all("different parameters" in message for message in group(2, bodies.disagree, rule, about))
 
 
-def test_a_matrix_with_a_nan_stays_and_is_counted(group) -> None:
-    assert group(3, bodies.non_finite) == [(1, True, True)] * 3
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rule", [rule for rule in MATRIX_RULES if rule != "dct_adamw"])
+def test_a_matrix_with_a_value_that_is_not_finite_stays_and_is_counted(rule, value, group) -> None:
+    assert group(3, bodies.non_finite, rule, value) == [(1, True, True)] * 3

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.dist import bodies_step as bodies
-from tests.dist.test_battery import MATRIX_RULES, RULES, WHOLE_RULES
+from tests.dist.test_battery import LOW_RANK_RULES, MATRIX_RULES, RULES, WHOLE_RULES
 from trainer.registry import alternatives
 
 SHAPE = (64, 48)
@@ -37,6 +39,20 @@ def test_memory_of_a_step_is_a_small_multiple_of_a_bucket(rule, precision, group
     assert many < MOST
     assert many < few + 0.5
     assert huge > (2 if rule in WHOLE_RULES else 1) * MOST
+
+
+@pytest.mark.parametrize("rule", LOW_RANK_RULES)
+def test_memory_of_a_step_keeps_its_bound_on_many_ranks(rule) -> None:
+    """Rank 0 of 32 that do not exist. Low-rank rules hold some of each matrix whole, which would grow with the ranks."""
+    rows, world = 128, 32
+    held = 2 * rows * rows // world  # bytes of a shard, counted as bf16
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        peaks = [bodies.peak_of_a_step(rule, n, (rows, rows), world * held, {"rank": 32}) for n in (32, 96)]
+    finally:
+        dist.destroy_process_group()
+    assert max(peaks) < MOST * 2 * world * held
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 @pytest.mark.parametrize("world, layout", [(1, "plain"), (2, "shard0"), (4, "hsdp0-spread")])

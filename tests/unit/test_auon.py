@@ -83,6 +83,14 @@ def test_hybrid_with_a_brake_moves_by_as_much_as_the_others() -> None:
     assert update.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.05)
 
 
+@pytest.mark.parametrize("polar", COEFFICIENTS)
+def test_a_schedule_that_is_cut_short_is_no_sickness(polar) -> None:
+    """Its singular values go up to 2. `after` counts no rejected matrix."""
+    for steps in range(1, len(COEFFICIENTS[polar][1]) + 1):
+        for g in (noise(24, 128), torch.linalg.qr(noise(7, 7))[0]):
+            assert after(HybridAuON, g, polar=polar, steps=steps, polar_dtype="fp32").any()
+
+
 @pytest.mark.parametrize("mode", ["paper", "released", "unit-rms"])
 @pytest.mark.parametrize("kind", [AuON, HybridAuON])
 def test_zeros_stay_and_a_nan_is_counted(kind, mode) -> None:

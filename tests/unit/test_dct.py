@@ -62,6 +62,11 @@ def test_ties_go_to_the_lower_index() -> None:
     assert dct.choose(torch.zeros(4).double(), 2).tolist() == [0, 1]
 
 
+def test_small_scores_are_compared_too() -> None:
+    assert dct.choose(torch.tensor([1e9, 0.1, 0.2, 5.0, 0.3, 4.0]).double(), 3).tolist() == [0, 3, 5]
+    assert dct.choose(torch.tensor([1e-300, 0.0, 1e300, 2e-300], dtype=torch.float64), 3).tolist() == [0, 2, 3]
+
+
 def test_rotation_by_an_index_is_the_product_of_the_bases() -> None:
     """T26. The released code multiplies into its own input."""
     q = dct.reference_basis(12)
@@ -168,7 +173,9 @@ def test_the_state_of_dct_adamw_is_two_factors_and_what_there_is_per_column(rank
     (DCTAdamW, {"rank": 6}, "rank 6 does not fit the short side 5 of a 9 x 5 weight; give 1 to that"),
     (Trion, {"rank": 6}, "rank 6 does not fit the short side 5 of a 9 x 5 weight; give 1 to that"),
     (Trion, {"rank": 0}, "rank 0 does not fit"), (Trion, {"rank": 1.5}, "rank 1.5 is no share of the short side"),
-    (DCTAdamW, {"refresh": 0}, "refresh is 0; give the steps between choices of columns, 1 or more"),
+    (DCTAdamW, {"refresh": 0}, "refresh of dct_adamw is 0: input should be greater than or equal to 1"),
+    (DCTAdamW, {"refresh": 1.5}, "refresh of dct_adamw is 1.5: input should be a valid integer"),
+    (DCTAdamW, {"beta1": 1}, "beta1 of dct_adamw is 1: input should be less than 1"),
     (DCTAdamW, {"error_feedback": "2-bit"}, "error_feedback '2-bit' is unknown to dct_adamw; use one of none, fp32"),
     (Trion, {"norm": "l3"}, "norm 'l3' is unknown to trion; use one of l2, l1"),
     (Trion, {"polar": "none"}, "polar 'none' is unknown to trion"),

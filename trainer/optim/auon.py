@@ -1,7 +1,7 @@
 """AuON (arXiv 2509.24320): the momentum of a matrix over its norm, and over the root mean square of its hyperbolic cosines.
 
 No matrix product: two numbers per matrix are added up over its shards. What it is worth, from the mathematics: the entries of
-a matrix of norm 1 are so small that the mean of cosh^2 is 1 + 1/(mn), which fp32 rounds away. In the paper's form AuON is
+a matrix of norm 1 are so small that the mean of cosh^2 is 1 + 1/(mn): 2e-6 for 768 x 768 entries. In the paper's form AuON is
 momentum over its Frobenius norm; in that of the released code it is momentum as it is. The brake that the paper describes
 acts if the entries have root mean square 1 before it: `unit-rms`, a variant of ours.
 """
@@ -53,11 +53,12 @@ def update(
     sizes = yield Sum(ahead, power=2, mean=mode == "unit-rms", sound=True)
     usable = [sound(size) for size in sizes]
     inverse = [torch.where(ok, size.rsqrt(), 0.0) for ok, size in zip(usable, sizes, strict=True)]
-    excess = [foreseen(shape, group) for shape in group["shapes"]]
+    excess: list[Any] = [foreseen(shape, group) for shape in group["shapes"]]
     if None in excess:
         gain = RELEASED_GAIN if mode == "released" else 1.0
         entries = [torch.sinh(a * (gain * i).to(a.dtype)) for a, i in zip(ahead, inverse, strict=True)]
-        excess = yield Sum(entries, power=2, mean=True)
+        found = yield Sum(entries, power=2, mean=True)
+        excess = [f if e is None else e for f, e in zip(found, excess, strict=True)]  # the same in any bucket
     factors = [
         torch.where(ok, braked(1.0 if mode == "released" else i, e, mode), 0.0).to(a.dtype)
         for ok, a, i, e in zip(usable, ahead, inverse, excess, strict=True)
@@ -85,7 +86,7 @@ def foreseen(shape: Sequence[int], group: dict[str, Any]) -> float | None:
 
 def zero_unless(ok: Any, values: Any) -> Any:
     """Values, zero in matrices that are not `ok`. A CPU knows, and then spares the pass; a GPU would have to wait."""
-    if values.device.type == "cpu" and bool(ok.all()):
+    if values.device.type == "cpu" and ok.numpy().all():
         return values
     return torch.where(ok, values, 0.0)
 

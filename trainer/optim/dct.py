@@ -16,19 +16,22 @@ torch: Any = lazy("torch")
 
 Transform = Literal["auto", "fft", "matmul"]
 Norm = Literal["l2", "l1"]
-TIE = 2.0**-16
-"""Scores that differ by less, relative to the best, may be taken for equal: the lower index is kept then. Rounding is far
-below it, so that a choice does not depend on how a matrix is sharded."""
+TIE = 28
+"""Last bits of 52 of a score that are left out: equal in the others is equal, and the lower index is kept. Scores of shards add
+up to those of the whole but for the last bits, so that ties do not depend on how a matrix is sharded."""
 
 
 @cache
 def basis(size: int, dtype: Any, device: Any) -> Any:
     """All basis vectors as rows, (s, s); computed in float64."""
-    k = torch.arange(size, dtype=torch.int64, device=device)
-    angle = (k.unsqueeze(1) * (2 * k + 1) % (4 * size)).double() * (math.pi / (2 * size))  # exact before rounding
-    rows = angle.cos() * math.sqrt(2 / size)
+    columns = 2 * torch.arange(size, dtype=torch.int64, device=device) + 1
+    rows = torch.empty(size, size, dtype=dtype, device=device)
+    for start in range(0, size, 256):  # some rows at a time in float64
+        k = torch.arange(start, min(start + 256, size), dtype=torch.int64, device=device).unsqueeze(1)
+        angle = (k * columns % (4 * size)).double() * (math.pi / (2 * size))  # exact before rounding
+        rows[start : start + 256] = angle.cos_().mul_(math.sqrt(2 / size))
     rows[0] *= math.sqrt(0.5)
-    return rows.to(dtype)
+    return rows
 
 
 @cache
@@ -73,7 +76,7 @@ def scores(spectrum: Any, norm: Norm) -> Any:
 
 def choose(score: Any, count: int) -> Any:
     """The indices of the best columns, ascending: (..., count) int64 of scores (..., s)."""
-    rough = (score / (score.amax(-1, keepdim=True).clamp_min(1e-300) * TIE)).round()
+    rough = (score.view(torch.int64) + (1 << (TIE - 1))) >> TIE  # in the order of the scores, as these are not negative
     best = rough.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return best.sort(-1).values
 

@@ -28,6 +28,7 @@ from trainer.optim.low_rank import (
     turned,
     zeros,
 )
+from trainer.optim.low_rank import whole_bytes as whole_bytes
 from trainer.optim.requests import Expand, Request
 from trainer.optim.sides import Cut
 from trainer.registry import lazy
@@ -57,10 +58,8 @@ def init_state(parameter: Any, group: dict[str, Any]) -> dict[str, Any]:
     step count on the host, which decides by it; and what the error feedback keeps, (..., l, s) cut along l.
 
     Raises:
-        ValueError: a rank that does not fit, or a refresh below 1.
+        ValueError: a rank that does not fit.
     """
-    if group["refresh"] < 1:
-        raise ValueError(f"refresh is {group['refresh']}; give the steps between choices of columns, 1 or more")
     cut, form = cut_of(parameter.shape, group), group["error_feedback"]
     state = {
         "exp_avg": zeros(parameter, cut, cut.width),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -27,6 +28,7 @@ from trainer.optim.polar import (
     schedule,
     squares,
     transport,
+    overshoot,
     unsound,
     wide,
 )
@@ -67,6 +69,13 @@ def first_steps(group: dict[str, Any]) -> Schedule:
     return safety, steps[: group["steps"]]
 
 
+@cache
+def first_overshoot(polar: CoefficientName, steps: int) -> float:
+    """The largest singular value that the first steps make: of a schedule that is cut short, up to twice as much as in the end."""
+    safety, whole = schedule(polar)
+    return overshoot((safety, whole[:steps]))
+
+
 def init_state(parameter: Any, group: dict[str, Any]) -> dict[str, Any]:
     """Momentum in the parameter's layout, fp32.
 
@@ -86,11 +95,12 @@ def update(
     """
     ahead, mode = matrix.advance(state["momentum"], gradients, group), group["mode"]
     dtype = precision(group["polar_dtype"], weights[0].device)
+    most = first_overshoot(group["polar"], group["steps"])
 
     def direction(u: Any) -> tuple[tuple[Any], Any]:  # (N, m, n)
         x = polar(u, first_steps(group), dtype, group["polar_form"])
         size = squares(x, -1).sum(dim=(-2, -1), keepdim=True, dtype=torch.float64)  # (N, 1, 1)
-        bad = unsound(size, x.shape)
+        bad = unsound(size, x.shape, max(1.0, most))
         inverse = torch.where(auon.sound(size), (size / (x[0].numel() if mode == "unit-rms" else 1)).rsqrt(), 0.0)
         before = {"paper": torch.ones_like(inverse), "released": auon.RELEASED_GAIN * inverse, "unit-rms": inverse}[
             mode

@@ -50,6 +50,13 @@ def cut_of(shape: Any, group: dict[str, Any]) -> Cut:
     return cut(shape[-2], shape[-1], group["blocks"], group["rank"])
 
 
+def whole_bytes(shape: Any, group: dict[str, Any]) -> int:
+    """Bytes that a step holds of a parameter on every rank, however many there are: of each matrix r basis vectors in fp32, and
+    r x r in float64."""
+    each = sum(4 * b.rank * (b.short[1] - b.short[0]) + 8 * b.rank**2 for b in cut_of(shape, group).blocks)
+    return int(each) * (shape[0] if len(shape) == 3 else 1)
+
+
 def zeros(parameter: Any, cut: Cut, columns: int, dtype: Any = None) -> Any:
     """Zeros in the long layout, (..., l, columns): cut along l where the parameter is cut along either side."""
     shape = (*parameter.shape[:-2], cut.long, columns)

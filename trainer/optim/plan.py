@@ -130,11 +130,14 @@ def holder_of(matrix: Matrix, stored: Stored, parts: int) -> int | None:
     return start // chunk if stop <= (start // chunk + 1) * chunk else None
 
 
-def buckets(parameters: Sequence[Stored], parts: int, limit: int, width: int) -> list[list[int]]:
+def buckets(
+    parameters: Sequence[Stored], parts: int, limit: int, width: int, whole: Sequence[int] | None = None
+) -> list[list[int]]:
     """Parameters in the order of their work, cut so that no rank moves more than `limit` bytes of shards at a time.
 
     `width` is the bytes of an entry on the way. The limit is at least the bytes of the largest matrix: its owner needs
-    that much anyway, and a bucket then has a matrix for every rank.
+    that much anyway, and a bucket then has a matrix for every rank. `whole` are bytes that a parameter takes on every rank
+    beside its shard; a bucket has at most four times the limit of them, or one parameter.
     """
     sizes = [width * experts * rows * columns for experts, rows, columns in (p.shape for p in parameters)]
     dearest = [min(map(_dearest_first, p.matrices(i))) for i, p in enumerate(parameters)]
@@ -143,6 +146,7 @@ def buckets(parameters: Sequence[Stored], parts: int, limit: int, width: int) ->
     room = 0
     for index in sorted(range(len(parameters)), key=dearest.__getitem__):
         size = sizes[index] if parameters[index].dim is None else -(-sizes[index] // parts)
+        size += whole[index] // 4 if whole else 0
         if not result or size > room:
             result.append([])
             room = limit

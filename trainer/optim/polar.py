@@ -140,6 +140,9 @@ def polar(
     return (flipped(x) if tall else x).to(dtype)[:, :rows, :columns]
 
 
+POINTS = 2000  # of [0, 1] that a polynomial is looked at
+
+
 def schedule(coefficients: str | Schedule) -> Schedule:
     """The schedule of a name, or the one given.
 
@@ -232,13 +235,28 @@ def wide(x: Any) -> Any:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def unsound(square: Any, shape: tuple[int, ...]) -> Any:
+def unsound(square: Any, shape: tuple[int, ...], most: float = 1.21) -> Any:
     """Which updates must not be applied, from the squared Frobenius norms of polar factors of (..., m, n): not finite,
-    or beyond 1.4 times the norm of an exact factor (no table overshoots 1.21).
+    or further beyond the norm of an exact factor than rounding explains.
 
     There is no bound from below: a zero gradient, or one of low rank, has a polar factor as small as its rank.
+
+    Args:
+        most: the largest singular value that the coefficients make; no whole table overshoots 1.21.
     """
-    return ~(square <= 1.96 * min(shape[-2:]))  # a comparison with NaN is False
+    return ~(square <= (1.16 * most) ** 2 * min(shape[-2:]))  # a comparison with NaN is False
+
+
+def overshoot(coefficients: Schedule) -> float:
+    """The largest singular value that the steps make of any matrix."""
+    safety, steps = coefficients
+    most = 0.0
+    for i in range(1, POINTS + 1):
+        s = i / POINTS / safety
+        for a, b, c in steps:
+            s = a * s + b * s**3 + c * s**5
+        most = max(most, s)
+    return most
 
 
 def reference(x: Any, coefficients: str | Schedule = "polar-express", prescale: Prescale = "frobenius") -> Any:

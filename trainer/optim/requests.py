@@ -39,8 +39,8 @@ class Sum:
             weights, has a sum of its own. "parts": what the shard adds to sums that the rule has begun, in a shape that
             is the same on all ranks; added over the shards as they are.
         dtype: in which all is added, also within a shard: float64, or fp32. Then no sum depends on the number of ranks
-            by more than rounding in it.
-        power: 2 adds the squares of entries; along a row perhaps in the entries' own dtype, over rows and ranks in `dtype`.
+            by more than rounding in it. Squares may be added in the entries' own dtype along a row of a shard.
+        power: 2 adds the squares of entries.
         mean: of entries, divide by how many there are.
         sound: of entries, count a matrix whose sum is not finite as rejected: its update must be zero.
 

@@ -59,11 +59,15 @@ def init_state(parameter: Any, group: dict[str, Any]) -> dict[str, Any]:
     return {"momentum": matrix.zeros_like(parameter)}
 
 
+INFINITE = 0x7F800000  # the bits of an infinite fp32; a NaN has more
+
+
 def threshold(u: Any, q: float) -> Any:
     """The q-quantile of the magnitudes of each matrix, rounded up by at most 0.1%: (N, m, n) -> (N, 1, 1), fp32.
 
     One histogram over the leading bits of the fp32 representation, which bins by logarithm; no sort. A quantile more
-    than 2^16 below the largest entry is reported as 2^-16 of that.
+    than 2^16 below the largest entry is reported as 2^-16 of that, that of a matrix that is not finite as NaN: a clamp would
+    hide the matrix's sickness.
     """
     size, bins = u[0].numel(), BINS * OCTAVES
     bits = u.float().abs().flatten(1).view(torch.int32).bitwise_right_shift_(13)  # exponent and 10 bits of the mantissa
@@ -73,7 +77,7 @@ def threshold(u: Any, q: float) -> Any:
     counts = _counts(bits.flatten(), bins * len(u)).view(len(u), bins).cumsum(1)
     chosen = (counts < math.ceil(q * size)).sum(1, keepdim=True)  # the first bin that holds the quantile
     edge = (chosen - bins + 2 + top).clamp_(min=0).to(torch.int32) << 13  # where the next one begins
-    return edge.view(torch.float32).unsqueeze(-1)
+    return torch.where(top < INFINITE >> 13, edge.view(torch.float32), math.nan).unsqueeze(-1)
 
 
 def _counts(values: Any, size: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, replace
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -45,7 +47,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             block of fused weights) or `transposed` (stored as inputs x outputs). Tensors are plain, or DTensors on a 1-D
             mesh with Replicate or Shard, or on a (replica, shard) mesh.
         spread_replicas: divide the work among the replicas of a (replica, shard) mesh and exchange results, instead of
-            repeating it in each. Under pure replication the work is always divided.
+            repeating it in each. Under pure replication that work is always divided. It is that on whole matrices; AuON,
+            DCT-AdamW and Trion have none.
         replicas: process group over which plain tensors are replicated (as under DDP); None: each rank does all.
         bucket_bytes: most bytes of shards that a rank sends at a time, counted as bf16 (fp32 products take twice as
             much). Working memory is a small multiple of it.
@@ -72,6 +75,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
                 self.state[parameter] = {key: _logical(value, group).contiguous() for key, value in state.items()}
+            _check_values(group)
         if not self.state:
             raise ValueError("the optimizer was given no parameters; is an iterator used up?")
         self._plan()
@@ -106,7 +110,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 tall = (stored[position].blocks or stored[position].shape[1:])[0] >= stored[position].shape[2]
                 kinds.setdefault((index, tall), []).append(position)
             for (index, _), positions in kinds.items():
-                for chosen in buckets([stored[p] for p in positions], crew.parts, self._limit, 2):
+                group = self.param_groups[index]
+                whole = getattr(rule_of(group["rule"]), "whole_bytes", lambda shape, group: 0)
+                extra = [whole(stored[p].shape, group) for p in positions]
+                for chosen in buckets([stored[p] for p in positions], crew.parts, self._limit, 2, extra):
                     of_bucket = [positions[c] for c in chosen]
                     number = {p: n for n, p in enumerate(of_bucket)}
                     inside = [replace(m, parameter=number[m.parameter]) for m in matrices if m.parameter in number]
@@ -224,6 +231,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             unknown = theirs.keys() - mine.keys() - {"param_names"}
             if unknown:
                 raise ValueError(f"group {label} has no option {', '.join(sorted(unknown))}, as the state does")
+            _check_values(_complete({k: v for k, v in theirs.items() if k not in ("params", "param_names")}))
             for key in ("blocks", "transposed"):  # what the plan was made for
                 if mine.get(key) != theirs.get(key, mine.get(key)):
                     raise ValueError(f"{key} of group {label} is {mine[key]}, not {theirs[key]} as in the state")
@@ -279,13 +287,24 @@ def _complete(group: dict[str, Any]) -> dict[str, Any]:
     unknown = group.keys() - options.keys() - {"params", "rule", "label", "initial_lr"}
     if unknown:
         raise ValueError(f"rule {group['rule']} has no {', '.join(sorted(unknown))}; it has {', '.join(options)}")
-    for key, choices in get_type_hints(rule.Options).items():
-        if get_origin(choices) is Literal and key in group and group[key] not in get_args(choices):
-            raise ValueError(
-                f"{key} '{group[key]}' is unknown to {group['rule']}; use one of {', '.join(get_args(choices))}"
-            )
+    for key, kind in get_type_hints(rule.Options).items():
+        words = [word for part in (kind, *get_args(kind)) if get_origin(part) is Literal for word in get_args(part)]
+        if words and key in group and group[key] not in words:
+            raise ValueError(f"{key} '{group[key]}' is unknown to {group['rule']}; use one of {', '.join(words)}")
     group = {"label": group["rule"], **options, **group}
     return {"initial_lr": group["lr"], **group}
+
+
+def _check_values(group: dict[str, Any]) -> None:
+    """Refuse numbers out of the bounds that a rule's `Options` state, as a configuration would."""
+    rule, options = group["rule"], rule_of(group["rule"]).Options
+    given = {key: group[key] for key in options.__dataclass_fields__.keys() & group.keys()}
+    try:
+        TypeAdapter(options).validate_json(json.dumps(given, default=repr))
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{first['loc'][0]} of {rule} is {first['input']!r}: {said[0].lower()}{said[1:]}") from None
 
 
 def _stored(parameter: Tensor, group: dict[str, Any]) -> Stored:

@@ -30,8 +30,8 @@ def add(request: Sum, bucket: Bucket, tally: Tensor) -> Generator[None, None, li
                 tally += (~total.isfinite()).sum()
     if request.mean:
         for index, (stored, total) in enumerate(zip(bucket.stored, totals, strict=True)):
-            entries = [math.prod(matrix.shape) for matrix in stored.matrices(index) if not matrix.expert]
-            total /= torch.tensor(entries, dtype=dtype, device=total.device)
+            for block, matrix in enumerate(m for m in stored.matrices(index) if not m.expert):
+                total[..., block] /= math.prod(matrix.shape)  # a tensor of these would wait for the device
     return [_spread(s, v, bucket, i) for i, (s, v) in enumerate(zip(totals, request.values, strict=True))]
 
 
@@ -78,8 +78,7 @@ def _squares(value: Tensor, dtype: torch.dtype) -> Tensor:
     comes near to its range."""
     if value.device.type == "cpu" and value.numel():
         norms = torch.linalg.vector_norm(value, dim=-1)
-        least, most = norms.aminmax()
-        if least > 1e-15 and most < 1e15:
+        if norms.numpy().min() > 1e-15 and norms.numpy().max() < 1e15:
             return norms.to(dtype).square_()
     return torch.linalg.vector_norm(value, dim=-1, dtype=dtype).square_()
 

@@ -15,7 +15,18 @@ from pydantic import Field
 
 from trainer.optim import dct, matrix
 from trainer.optim.dct import reference_basis
-from trainer.optim.low_rank import LowRankOptions, added, best, by_parameter, cut_of, taken, three, turned, zeros
+from trainer.optim.low_rank import (
+    LowRankOptions,
+    added,
+    best,
+    by_parameter,
+    cut_of,
+    taken,
+    three,
+    turned,
+    zeros,
+)
+from trainer.optim.low_rank import whole_bytes as whole_bytes
 from trainer.optim.polar import CoefficientName, gram_polar, unsound
 from trainer.optim.polar import reference as reference_polar
 from trainer.optim.requests import Expand, Request

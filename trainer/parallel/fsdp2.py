@@ -44,6 +44,12 @@ def check(options: Options, optimizer: Any, train: Any) -> None:
             where="parallel.spread_replicas",
             mend="set parallel.replicate, or leave spread_replicas out",
         )
+    if options.spread_replicas and not hasattr(optimizer, "polar_dtype"):  # an option of rules on whole matrices
+        raise RunError(
+            f"parallel.spread_replicas divides work on whole matrices among replicas, and {optimizer.name} has none",
+            where="parallel.spread_replicas",
+            mend="leave spread_replicas out",
+        )
 
 
 class Strategy(single.Strategy):
