@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -173,7 +174,7 @@ def tokens_to(loss: float, ends: dict[int, float]) -> str:
         return f"over {STEPS * TOKENS / 1000:.0f}k"
     if loss > points[-1][0]:
         return f"under {math.exp(points[-1][1]) / 1000:.0f}k"
-    below, above = next((a, b) for a, b in zip(points, points[1:], strict=False) if a[0] <= loss <= b[0])
+    below, above = next((a, b) for a, b in itertools.pairwise(points) if a[0] <= loss <= b[0])
     share = (loss - below[0]) / (above[0] - below[0])
     return f"{math.exp(below[1] + share * (above[1] - below[1])) / 1000:.0f}k"
 
