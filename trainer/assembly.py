@@ -79,9 +79,14 @@ def make(config: RunConfig, shape: Any, strategy: Any) -> Made:
 
 
 def fitting(
-    config: RunConfig, shape: Any, derived: Derived, stream: Any, strategy: Any, folder: Path, progress: Progress
+    config: RunConfig, optim: Any, shape: Any, derived: Derived, stream: Any, strategy: Any, folder: Path,
+    progress: Progress,
 ) -> tuple[Made, Derived]:
-    """The model, and the portions of a step: those of the configuration, or under `auto` the largest that fit."""
+    """The model, and the portions of a step: those of the configuration, or under `auto` the largest that fit.
+
+    Args:
+        optim: the optimizer's options, with every weight decay settled.
+    """
     world, made = distributed.world(), None
 
     def attempt(rows: int) -> list[int]:
@@ -93,7 +98,7 @@ def fitting(
             for tensor in (*made.model.parameters(), *made.model.buffers()):
                 tensor.zero_()
         current = made
-        current.optimizer = distributed.together(lambda: strategy.optimizer(current.model, config.optim))
+        current.optimizer = distributed.together(lambda: strategy.optimizer(current.model, optim))
         strategy.connect(current.model, current.optimizer)
         count = min(2, derive(config, world, stream, rows).micro_steps)
         out = rehearse(strategy, current.model, lambda: micro_steps(current.model, strategy, config, rows, count))

@@ -23,6 +23,7 @@ from trainer.config_data import check_data
 from trainer.guard.options import GuardConfig as GuardConfig
 from trainer.metrics.options import MetricsConfig
 from trainer.model import library
+from trainer.optim import decay
 from trainer.outcome import RunError
 from trainer.registry import STRICT
 from trainer.units import Count, Interval, Length, Seconds, split_interval
@@ -196,7 +197,7 @@ CHANGEABLE = (
     "name", "runs", "data.folder", "data.max_epochs", "train.length", "train.micro_batch_size", "train.loss_chunk",
     "train.activation_checkpointing", "train.compile", "train.clip_norm", "train.time_limit",
     "schedule", "guard", "parallel", "checkpoint", "evaluate", "metrics", "resources", "finish",
-    "optim.lr", "optim.weight_decay", "optim.adamw.lr", "optim.adamw.weight_decay",
+    "optim.lr", "optim.weight_decay", "optim.tau_epochs", "optim.adamw.lr", "optim.adamw.weight_decay", "optim.adamw.tau_epochs",
 )  # fmt: skip
 
 _adapter: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
@@ -335,6 +336,7 @@ def _check(config: RunConfig, source: Source) -> None:
             config.parallel, config.optim, config.train
         )
         library.check(config.model.config)
+        decay.check(config.optim)
     except RunError as error:
         raise RunError(error.what, where=source.where(error.where), mend=error.mend) from None
     _check_model(config, source)

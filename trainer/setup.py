@@ -26,7 +26,7 @@ from trainer.guard.spikes import SpikeDetector
 from trainer.guard.watchdog import Watchdog
 from trainer.lock import Lock
 from trainer.metrics import follow, history
-from trainer.metrics.groups import GroupMetrics
+from trainer.metrics.groups import GroupMetrics, entries
 from trainer.metrics.history import History
 from trainer.metrics.progress import Progress
 from trainer.metrics.trace import Trace
@@ -36,6 +36,7 @@ from trainer.model.check import check_model
 from trainer.model.documents import check_documents_apart
 from trainer.model.flops import peak_flops
 from trainer.model.init import initialize
+from trainer.optim import decay
 from trainer.outcome import Outcome, RunError
 from trainer.replay import replay
 from trainer.restore import restore
@@ -108,14 +109,16 @@ def make_run(
     fault("start.model")
     borders = Borders(opened.tokenizer["bos"], opened.tokenizer["eos"]) if config.data.document_masking else None
     derived = distributed.together(lambda: derive(config, world, opened.train))
+    steps_per_epoch = sum(s.sequences for s in opened.train.sources) / derived.sequences_per_step
+    optim = distributed.together(lambda: decay.settled(config.optim, steps_per_epoch))
     source, below = starting_point(config, folder)
     shape = distributed.together(lambda: shape_of(config, opened.tokenizer, below))
-    made, derived = fitting(config, shape, derived, opened.train, strategy, folder, progress)
+    made, derived = fitting(config, optim, shape, derived, opened.train, strategy, folder, progress)
     model = made.model
     initialize(model, config.seed, strategy.initial_device, weights=source is None)
     loaded = pretrained.load_weights(model, source) if source is not None else 0
     if made.optimizer is None:
-        made.optimizer = distributed.together(lambda: strategy.optimizer(model, config.optim))
+        made.optimizer = distributed.together(lambda: strategy.optimizer(model, optim))
         strategy.connect(model, made.optimizer)
     rows = config.train.micro_batch_size
     run = Run(
@@ -139,12 +142,7 @@ def make_run(
         },
         samples=Samples(folder, config.evaluate.prompts, config.evaluate.tokens, config.seed),
         history=History(None),
-        groups=group_metrics(
-            config,
-            made.optimizer,
-            strategy,
-            sum(s.sequences for s in opened.train.sources) / derived.sequences_per_step,
-        ),
+        groups=group_metrics(config, made.optimizer, strategy, steps_per_epoch),
         trace=trace,
         progress=progress,
         architecture=as_json(shape),
@@ -268,10 +266,18 @@ def describe(run: Run) -> None:
                      f"{derived.rows} rows"),
             ("length", f"{derived.steps:,} steps, {tokens:,} tokens, {epochs}"),
             ("optimizer", groups),
+            ("decay", decay_of(run)),
             ("schedule", f"{config.schedule.name}, warm-up {config.schedule.warmup:.0%}, floor {config.schedule.floor:g}"),
             ("baseline", f"{run.data.unigram_bits_per_byte:.4f} bits per byte (unigram entropy of the validation tokens)"),
         ],
     )  # fmt: skip
+
+
+def decay_of(run: Run) -> str:
+    """Which parameters decay, and how fast, as words."""
+    measured = run.groups
+    sizes = [(len(members), sum(entries(p) for p in members)) for members in measured.parts.members]
+    return decay.summary(run.optimizer.hyperparameters(), measured.names, sizes, measured.steps_per_epoch)
 
 
 def compute_of(run: Run) -> str:

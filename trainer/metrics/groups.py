@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trainer.distributed import world
+from trainer.optim.decay import tau_epochs
 
 
 class Parts(Protocol):
@@ -115,13 +116,12 @@ class GroupMetrics:
         for index, (name, (rate, decay)) in enumerate(zip(self.names, rates, strict=True)):
             elements = sum(entries(p) for p in self.parts.members[index])
             gradient, update, weight = (values[index + part * count] for part in range(3))
-            shrink = rate * decay * self.steps_per_epoch  # share of a weight that an epoch takes away
             found[name] = {
                 "gradient_norm": _root(gradient, ratio),
                 "update_rms": _root(update / elements),
                 "weight_rms": _root(weight / elements),
                 "learning_rate": rate,
-                "tau_epochs": 1 / shrink if shrink else None,
+                "tau_epochs": tau_epochs(rate, decay, self.steps_per_epoch),
             }
         return {"groups": found}
 

@@ -9,6 +9,7 @@ fused kernel's. What a compiler would save is not known here.
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from trainer.model.build import architecture, blocks, build
 from trainer.model.flops import flops_per_token
 from trainer.model.loss import cross_entropy, model_inputs
 from trainer.optim import root_tables
+from trainer.optim import decay
 from trainer.optim.groups import parameter_groups, refused
 from trainer.optim.low_rank import cut_of
 from trainer.optim.polar import COEFFICIENTS
@@ -58,7 +60,7 @@ def footprint(config: RunConfig) -> dict[str, Any]:
     return {
         "model_type": shape.model_type,
         "vocabulary": shape.vocab_size,
-        "parameters": parameters(model, config.optim),
+        "parameters": parameters(model, decay.settled(config.optim, math.inf)),  # how fast takes no memory
         "buffers": sum(b.nbytes for name, b in model.named_buffers() if name in persistent),
         "units": len(blocks(model)),
         "polar_steps": polar_steps(config.optim),

@@ -31,7 +31,11 @@ class Options:
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled decay per step, times the learning rate; matrices only, never norms, biases or embeddings."""
+    """Decoupled decay per step, times the learning rate; never of norms, biases or embeddings."""
+    tau_epochs: Annotated[float, Field(gt=0)] | None = None
+    """The decay as a time instead: weight_decay = 1 / (lr * tau_epochs * steps of an epoch)."""
+    decay_head: bool = False
+    """Let the head decay, too; one that shares its weights with the embeddings cannot."""
 
 
 def init_state(parameter: Any, group: dict[str, Any]) -> dict[str, Any]:

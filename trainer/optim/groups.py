@@ -36,16 +36,22 @@ def parameter_groups(model: nn.Module, options: Any) -> list[dict[str, Any]]:
     """Groups over all parameters of `model`, as `ShardedOptimizer` takes them.
 
     Hidden matrices get the rule of `options`; embeddings, head, routers, norms, biases and scalars get AdamW. Weight
-    decay acts on matrices outside the embeddings only. Weights that are stored as (inputs, outputs) are seen
+    decay acts on hidden matrices, and on the head where `decay_head` says so. Weights that are stored as (inputs, outputs) are seen
     transposed. Parameters with the same multipliers, blocks and orientation share a group.
 
     Raises:
-        RunError: a pattern of `split` or `multipliers` that fits no parameter, or blocks that do not fit one.
+        RunError: a pattern of `split` or `multipliers` that fits no parameter, blocks that do not fit one, or a head that
+            cannot decay.
+        ValueError: a timescale that was not turned into a weight decay (`trainer.optim.decay.settled`).
     """
     matrices, embeddings, vectors = classify(model)
     rule = rule_of(options.name)
+    others = options.adamw if orthogonalizes(rule) else options
+    if options.tau_epochs is not None or others.tau_epochs is not None:
+        raise ValueError("tau_epochs is no weight decay yet; use trainer.optim.decay.settled(options, steps_per_epoch)")
     own = {key: value for key, value in asdict(options).items() if key not in GROUPING}
-    rest = {k: v for k, v in asdict(options.adamw).items() if k not in GROUPING} if orthogonalizes(rule) else own
+    rest = {key: value for key, value in asdict(others).items() if key not in GROUPING}
+    apart = head(model) if others.decay_head else set()
     transposed = stored_transposed(model)
     split, multipliers = Patterns(options, "split"), Patterns(options, "multipliers")
     groups: dict[Any, dict[str, Any]] = {}
@@ -53,16 +59,17 @@ def parameter_groups(model: nn.Module, options: Any) -> list[dict[str, Any]]:
         for name, parameter in named:
             multiplier = multipliers.last(label, name)
             group = dict(own if label == "matrices" else rest)
-            if label != "matrices":
+            kind = "head" if parameter in apart else label
+            if kind in ("embeddings", "vectors"):
                 group |= {"weight_decay": 0.0}
-            elif orthogonalizes(rule):
+            elif kind == "matrices" and orthogonalizes(rule):
                 rows = parameter.shape[-1 if name in transposed else -2]
                 group |= {"transposed": name in transposed, "blocks": block_rows(name, rows, split.last(name))}
             if multiplier is not None:
                 group["lr"] *= multiplier.lr
                 group["weight_decay"] *= multiplier.weight_decay
-            key = (label, multiplier, group.get("transposed"), tuple(group.get("blocks", ())))
-            entry = {"label": label, "rule": options.name if label == "matrices" else "adamw", "params": [], **group}
+            key = (kind, multiplier, group.get("transposed"), tuple(group.get("blocks", ())))
+            entry = {"label": kind, "rule": options.name if label == "matrices" else "adamw", "params": [], **group}
             groups.setdefault(key, entry)["params"].append((name, parameter))
     split.check()
     multipliers.check()
@@ -117,6 +124,23 @@ def stored_transposed(model: nn.Module) -> set[str]:
         if parameter.ndim == 3
     )
     return conv1d | set(experts)
+
+
+def head(model: nn.Module) -> set[Tensor]:
+    """The matrix of the head, which is all of it that decays.
+
+    Raises:
+        RunError: there is none, or it is that of the embeddings.
+    """
+    ends = [getattr(model, get)() if hasattr(model, get) else None for get in ("get_output_embeddings", "get_input_embeddings")]
+    last, first = [{p for p in end.parameters() if p.ndim > 1} if end is not None else set() for end in ends]
+    if not last or last & first:
+        raise RunError(
+            "decay_head: the head shares its weights with the embeddings" if last else "decay_head: the model has no head",
+            where="optim.decay_head, optim.adamw.decay_head",
+            mend="set model.config.tie_word_embeddings: false, or leave decay_head out" if last else "leave it out",
+        )
+    return last
 
 
 def classify(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:

@@ -31,6 +31,8 @@ class LowRankOptions:
     """Learning rate of the hidden matrices."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay per step, times the learning rate."""
+    tau_epochs: Annotated[float, Field(gt=0)] | None = None
+    """The decay as a time instead: weight_decay = 1 / (lr * tau_epochs * steps of an epoch)."""
     rank: Rank = 0.25
     """Columns that are kept of a matrix: a number, or a share of its short side."""
     norm: Norm = "l2"

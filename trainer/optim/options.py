@@ -13,8 +13,8 @@ from trainer.registry import STRICT
 
 Factor = Annotated[float, Field(ge=0)]
 
-# Keys of a rule's options that steer how parameters are grouped; the groups of the optimizer do not carry them.
-GROUPING = ("name", "adamw", "multipliers", "split")
+# Keys of a rule's options from which its groups follow; the groups of the optimizer do not carry them.
+GROUPING = ("name", "adamw", "multipliers", "split", "tau_epochs", "decay_head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class MomentumOptions:
     """Take the momentum one step ahead."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay per step, times the learning rate."""
+    tau_epochs: Annotated[float, Field(gt=0)] | None = None
+    """The decay as a time instead: weight_decay = 1 / (lr * tau_epochs * steps of an epoch)."""
     cautious: bool = False
     """Decay a weight only where the update has its sign, and so shrinks it too."""
     split: dict[str, int | list[int]] = field(default_factory=dict)
