@@ -79,7 +79,13 @@ def make(config: RunConfig, shape: Any, strategy: Any) -> Made:
 
 
 def fitting(
-    config: RunConfig, optim: Any, shape: Any, derived: Derived, stream: Any, strategy: Any, folder: Path,
+    config: RunConfig,
+    optim: Any,
+    shape: Any,
+    derived: Derived,
+    stream: Any,
+    strategy: Any,
+    folder: Path,
     progress: Progress,
 ) -> tuple[Made, Derived]:
     """The model, and the portions of a step: those of the configuration, or under `auto` the largest that fit.

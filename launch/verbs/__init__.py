@@ -29,6 +29,7 @@ VERBS = {
     "ensemble train": "ensemble:Train",
     "ensemble make": "ensemble:Make",
     "ensemble evaluate": "ensemble:Evaluate",
+    "tune": "tune:Tune",
     "checkpoint list": "checkpoint:List",
     "checkpoint verify": "checkpoint:Verify",
     "checkpoint export": "checkpoint:Export",

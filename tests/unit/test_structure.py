@@ -18,7 +18,7 @@ FILES = {
 # What the launcher may use of the trainer: files and pure functions that load no torch.
 SHARED = {
     "config", "config_data", "data.mixture", "outcome", "runfolder", "yaml_source", "schedule", "derive", "checkpoint.manifest", "metrics.history",
-    "optim.plan", "optim.sides", "units", "model.peaks", "registry", "guard.heartbeat", "guard.faults", "lock", "files", "checkpoint.contents", "ensemble.manifest",
+    "optim.decay", "optim.plan", "optim.sides", "units", "model.peaks", "registry", "guard.heartbeat", "guard.faults", "lock", "files", "checkpoint.contents", "ensemble.manifest",
 }  # fmt: skip
 
 LAUNCH_VERBS = [name for name in FILES if name.startswith("launch.verbs")]

@@ -29,8 +29,7 @@ from trainer.model.activations import checkpointed
 from trainer.model.build import architecture, blocks, build
 from trainer.model.flops import flops_per_token
 from trainer.model.loss import cross_entropy, model_inputs
-from trainer.optim import root_tables
-from trainer.optim import decay
+from trainer.optim import decay, root_tables
 from trainer.optim.groups import parameter_groups, refused
 from trainer.optim.low_rank import cut_of
 from trainer.optim.polar import COEFFICIENTS

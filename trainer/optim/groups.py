@@ -132,11 +132,16 @@ def head(model: nn.Module) -> set[Tensor]:
     Raises:
         RunError: there is none, or it is that of the embeddings.
     """
-    ends = [getattr(model, get)() if hasattr(model, get) else None for get in ("get_output_embeddings", "get_input_embeddings")]
+    ends = [
+        getattr(model, get)() if hasattr(model, get) else None
+        for get in ("get_output_embeddings", "get_input_embeddings")
+    ]
     last, first = [{p for p in end.parameters() if p.ndim > 1} if end is not None else set() for end in ends]
     if not last or last & first:
         raise RunError(
-            "decay_head: the head shares its weights with the embeddings" if last else "decay_head: the model has no head",
+            "decay_head: the head shares its weights with the embeddings"
+            if last
+            else "decay_head: the model has no head",
             where="optim.decay_head, optim.adamw.decay_head",
             mend="set model.config.tie_word_embeddings: false, or leave decay_head out" if last else "leave it out",
         )
