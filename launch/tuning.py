@@ -61,7 +61,7 @@ class Certificate:
     moves: list[str]
     """Runs from the start to the point."""
     cells: list[dict[str, Any]]
-    """All that were tried, in order."""
+    """All that were asked for, in order."""
     stopped: str
     """Why the search ended early; empty if it did not."""
     code: int
@@ -235,11 +235,11 @@ def certify(search: Search, cells: _Cells, found: Found) -> Certificate:
 
 def row(search: Search, cells: _Cells, point: Point, found: Found, per_epoch: float | None) -> dict[str, Any]:
     """A cell as the certificate shows it."""
-    loss, node = found.losses.get(point, math.nan), cells.node(point)
+    loss, node, state = found.losses.get(point, math.nan), cells.node(point), cells.states.get(point, "new")
     return {
         **search.space.values(point, per_epoch),
         "loss": loss if math.isfinite(loss) else None,
-        "state": cells.states.get(point, "not tried"),
+        "state": "not tried" if state == "new" else state,
         "run": node.name,
         "digest": node.digest,
     }

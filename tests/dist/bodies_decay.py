@@ -27,10 +27,10 @@ def steps_without_gradient(options: dict[str, Any], factors: list[float]) -> lis
     return [before, {name: whole(p.detach()) for name, p in model.named_parameters()}]
 
 
-def refusal(options: dict[str, Any], **changes: Any) -> str:
+def refusal(options: dict[str, Any], tied: bool) -> str:
     """What the optimizer of a model says against options."""
     try:
-        build_optimizer(model_of(**changes), optimizer_options(options))
+        build_optimizer(model_of(tie_word_embeddings=tied), optimizer_options(options))
     except RunError as error:
         return error.what
     return ""

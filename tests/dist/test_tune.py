@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from launch import cli, pipeline
+from launch.backends import torchrun
 from tests.dist import bodies_decay, bodies_run, strategies
 from tests.dist.strategies import ZERO
-from tests.dist.test_cli import finished
+from trainer import config as configuration
+from trainer.outcome import Outcome, write_outcome
 
 RATE, TAU, HEAD_TAU = 0.01, 0.7, 1.5
 BY_TIME = (
@@ -73,26 +76,29 @@ def test_what_decays_falls_by_the_product_over_the_schedule_and_the_rest_stays(g
 
 def test_a_head_that_is_the_embedding_cannot_decay(group) -> None:
     options = {"name": "adamw", "decay_head": True}
-    found = group(1, bodies_decay.refusal, options, tie_word_embeddings=True)[0]
+    found = group(1, bodies_decay.refusal, options, True)[0]
     assert found == "decay_head: the head shares its weights with the embeddings"
-    assert group(1, bodies_decay.refusal, options)[0] == ""
+    assert group(1, bodies_decay.refusal, options, False)[0] == ""
 
 
 OTHERS = {
     "ddp": (2, "--parallel={name: ddp}"),
-    **{name: ZERO[name] for name in ("deepspeed, stage: 2", "deepspeed, stage: 3") if not strategies.ABSENT},
+    **({} if strategies.ABSENT else {"deepspeed, stage: 2": ZERO["deepspeed, stage: 2"]}),
 }
+BOTH = ("--optim={name: adamw, lr: 0.01, tau_epochs: 0.3, decay_head: true}", "--train.length=4 steps", *SHORT[1:])
+
+
+@pytest.fixture(scope="module")
+def reference(group, tiny):
+    """Four steps under FSDP2."""
+    return group(2, bodies_run.train, tiny.yaml, ["--name=decay-fsdp2", *BOTH])[0]
 
 
 @pytest.mark.parametrize("strategy", OTHERS)
-def test_every_strategy_decays_alike(group, tiny, strategy) -> None:
-    def train(name: str, world: int, *more: str):
-        options = [f"--name={name}", *SHORT, "--optim={name: adamw, lr: 0.01, tau_epochs: 0.3, decay_head: true}"]
-        return group(world, bodies_run.train, tiny.yaml, [*options, *more])[0]
-
+def test_every_strategy_decays_alike(group, tiny, reference, strategy) -> None:
     world, override = OTHERS[strategy]
-    mine = train(f"decay-{strategies.file_name(strategy)}", world, override)
-    reference = train(f"decay-fsdp2-{strategies.file_name(strategy)}", 2)
+    name = f"--name=decay-{strategies.file_name(strategy)}"
+    mine = group(world, bodies_run.train, tiny.yaml, [name, *BOTH, override])[0]
     assert mine["loss"] == pytest.approx(reference["loss"], rel=1e-5)
     assert mine["history"][3]["groups"].keys() == {"matrices", "head", "embeddings", "vectors"}
     for label, figures in reference["history"][3]["groups"].items():
@@ -101,29 +107,51 @@ def test_every_strategy_decays_alike(group, tiny, strategy) -> None:
         assert found["tau_epochs"] == (None if label in ("embeddings", "vectors") else pytest.approx(0.3))
 
 
-def test_the_verb_tunes_real_runs_and_a_second_time_starts_nothing(tiny) -> None:
-    command = (
-        "tune", tiny.yaml, "--name=tuned", "--method=grid", "--epochs", "1", "--lr", "1e-5", "1e-2", "--weight-decay", "0.1",
-        "--at-once=2", "--resources.ranks=1", "--finish.export=false", "--evaluate.prompts=[]", "--json",
-    )  # fmt: skip
-    code, out = finished(*command)
-    assert code == 0, out
-    found = json.loads(out.splitlines()[-1] if out.splitlines()[-1].startswith("{") else out.splitlines()[0])
+@pytest.fixture
+def trained(group, tiny, monkeypatch) -> list[str]:
+    """torchrun whose runs are trained on warm ranks when they are first asked for; the names of what was started."""
+    monkeypatch.setenv("ORTHOGON_STATE", str(tiny.place / "state"))
+    monkeypatch.setattr(pipeline, "POLL_SECONDS", 0.0)
+    started: list[str] = []
+
+    def submit(config, folder, options, *, resume, after=()):
+        started.append(folder.name)
+        return {"pid": 1, "started": 1, "host": "h"}
+
+    def state(folder, handle):
+        if not (folder / "logs/1").exists():
+            result = group(1, bodies_run.train, str(folder / "config.yaml"), [])[0]
+            write_outcome(folder / "logs/1", Outcome(result["outcome"]), result["message"])
+        return "ended", ""
+
+    monkeypatch.setattr(torchrun, "submit", submit)
+    monkeypatch.setattr(torchrun, "state", state)
+    return started
+
+
+def test_the_verb_tunes_real_runs_and_a_second_time_starts_nothing(tiny, trained, capsys) -> None:
+    command = [
+        "tune", tiny.yaml, "--name=tuned", "--epochs", "1", "2", "--lr", "3e-4", "3e-3", "--weight-decay", "0.1",
+        "--start", "1", "3e-4", "0.1", "--most-epochs=2", "--most-lr=3e-3", "--evaluate.prompts=[]", "--json",
+        "--parallel={name: single}", "--data.subset_tokens=512", "--checkpoint.every=99 steps", "--evaluate.every=99 steps",
+    ]  # fmt: skip
+    assert cli.dispatch(command) == 0
+    found = json.loads(capsys.readouterr().out)
     assert found["certified"]
-    assert found["point"]["run"] == "tuned-e1-lr0.01-wd0.1"
+    runs = tiny.place / "runs"
     losses = {}
     for cell in found["cells"]:
-        records = [
-            json.loads(line) for line in (tiny.place / "runs" / cell["run"] / "metrics.jsonl").read_text().splitlines()
-        ]
-        losses[cell["run"]] = [r["validation_loss"] for r in records if "validation_loss" in r][-1]
-        assert cell["loss"] == losses[cell["run"]]
-    assert min(losses, key=losses.__getitem__) == found["point"]["run"]
-    assert found["point"]["tau_epochs"] == pytest.approx(
-        1 / (1e-2 * 0.1 * steps_per_epoch(tiny.place / "runs", "tuned-e1-lr0.01-wd0.1"))
-    )
-    code, again = finished(*command)
-    assert code == 0, again
-    assert json.loads(again.splitlines()[0]) == found
-    for run in losses:
-        assert [p.name for p in (tiny.place / "runs" / run / "logs").iterdir() if p.is_dir()] == ["1"]
+        records = [json.loads(line) for line in (runs / cell["run"] / "metrics.jsonl").read_text().splitlines()]
+        losses[cell["run"]] = cell["loss"]
+        assert cell["loss"] == [r["validation_loss"] for r in records if "validation_loss" in r][-1]
+        figures = configuration.load(runs / cell["run"] / "config.yaml").optim
+        assert (figures.lr, figures.weight_decay) == (cell["lr"], cell["weight_decay"])
+    best = found["point"]
+    assert (best["epochs"], best["lr"]) == (2.0, 3e-3), "an untrained model gains by more steps of a larger rate"
+    assert all(best["loss"] <= n["loss"] for n in found["neighbours"] if not n["edge"])
+    assert best["tau_epochs"] == pytest.approx(1 / (3e-3 * 0.1 * 4)), "512 tokens are 4 steps of 8 sequences of 16"
+    assert trained == list(losses)
+    before = list(trained)
+    assert cli.dispatch(command) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert trained == before

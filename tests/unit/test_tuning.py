@@ -122,6 +122,14 @@ def test_the_start_has_a_timescale_near_three_tenths_of_an_epoch(config) -> None
     per_step = config.train.tokens_per_step
     known = replace(config, data=replace(config.data, subset_tokens=800 * per_step))
     assert space.start(known, None) == (4.0, 3e-3, 1.6), "1 / (0.003 * 800 * 1.6) = 0.26; 0.8 has 0.52"
+    paper = replace(
+        known,
+        data=replace(config.data, subset_tokens=209_715_200, sequence_length=4096),
+        train=replace(config.train, tokens_per_step=262_144),
+    )
+    assert replace(space, epochs=(8.0, 16.0, 32.0)).start(paper, None) == (16.0, 3e-3, 1.6), (
+        "the paper's 300M at 200M tokens"
+    )
     with pytest.raises(RunError, match="epochs 5 is no value of the lattice"):
         space.start(config, (5.0, 3e-3, 0.4))
 
@@ -144,6 +152,15 @@ def test_a_loss_that_is_no_number_is_none(config, backend) -> None:
     found = tuned(config)
     assert (found.certified, found.missing) == (False, ["t-e8-lr0.009-wd1.6"])
     json.loads((Path(config.runs) / "tunings/t/certificate.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_validation_before_the_last_step_is_no_loss(config, backend) -> None:
+    best = tuned(config).point["run"]
+    history = config.folder.parent / best / "metrics.jsonl"
+    history.write_text("".join(history.read_text().splitlines(keepends=True)[:-1]))
+    found = tuned(config)
+    assert not found.certified
+    assert next(cell for cell in found.cells if cell["run"] == best)["loss"] is None
 
 
 def test_what_broke_ends_the_search_and_the_same_command_goes_on(config, backend) -> None:
