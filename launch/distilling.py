@@ -117,13 +117,13 @@ def needed_tokens(config: RunConfig, teacher: Ensemble, runs: Path, share: Fract
     return math.ceil(real * share / (1 - share)) * config.data.sequence_length
 
 
-def student_of_text(config: RunConfig, teacher: Ensemble, table: Path, share: Fraction) -> RunConfig:
+def student_of_text(config: RunConfig, table: Path, share: Fraction) -> RunConfig:
     """The configuration of a student: the real text of `config` with weight 1 - share, the synthetic table with weight share.
 
     Steps become base / (1 - share), so that real text is passed as often as `config` says.
 
     Args:
-        config: a run on real text, `teacher`'s (see `check_teacher`); its name is the student's.
+        config: a run on the teacher's text (see `check_teacher`); its name is the student's.
         table: of synthetic text, finished.
 
     Raises:

@@ -267,7 +267,7 @@ def describe(run: Run) -> None:
             ("step", f"{derived.sequences_per_step} sequences = {world} ranks x {derived.micro_steps} micro-steps x "
                      f"{derived.rows} rows"),
             ("length", f"{derived.steps:,} steps, {tokens:,} tokens, {epochs}"),
-            *((name, f"synthetic pool passes: {passes[name]:.2f}") for name in run.data.synthetic),
+            *((f"{name} pool", f"synthetic pool passes: {passes[name]:.2f}") for name in run.data.synthetic),
             ("optimizer", groups),
             ("schedule", f"{config.schedule.name}, warm-up {config.schedule.warmup:.0%}, floor {config.schedule.floor:g}"),
             ("baseline", f"{run.data.unigram_bits_per_byte:.4f} bits per byte (unigram entropy of the validation tokens)"),

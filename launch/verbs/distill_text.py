@@ -127,7 +127,7 @@ class Text:
             seed=self.sample_seed, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
         )  # fmt: skip
         table = distilling.table_of(runs, made)
-        student = distilling.student_of_text(config, teacher, table, share)
+        student = distilling.student_of_text(config, table, share)
         print(
             f"student {student.name}: {student.train.length}, synthetic share {share}; synthetic pool of {made.tokens:,} tokens, "
             f"{needed:,} drawn; synthetic pool passes: {needed / made.tokens:.2f}"

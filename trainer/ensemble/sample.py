@@ -121,21 +121,37 @@ def _decode_missing(
     missing = distributed.on_rank_zero(lambda: [part for part in parts if not _is_made(work, part, made)])
     if len(missing) < len(parts):
         shown.say(f"{len(parts) - len(missing)} of {len(parts)} parts are there already")
-    clock, world = _Clock(shown, made), distributed.world()
+    clock = _Clock(shown, made)
     for member in sorted({part.member for part in missing}):
-        places = range(len(made.members)) if made.mode == JOINT else [member]
-        models = [restored_model(runs / made.members[k].run, *checkpoints[k]).to(device) for k in places]
-        model = Joint(models, made.rule, made.vocab_size) if made.mode == JOINT else models[0]
         todo = [part for part in missing if part.member == member]
-        for start in range(0, len(todo), world):
-            mine = todo[start : start + world][distributed.rank() : distributed.rank() + 1]
+        places = list(range(len(made.members))) if made.mode == JOINT else [member]
+        _decode_parts(
+            work, made, todo, [(runs / made.members[k].run, *checkpoints[k]) for k in places], borders, device, clock
+        )
 
-            def make(mine: list[Part] = mine, model: Any = model) -> None:
-                for part in mine:
-                    _make_part(work, part, made, model, borders, device)
 
-            distributed.together(make)
-            clock.count(todo[start : start + world])
+def _decode_parts(
+    work: Path,
+    made: Recipe,
+    todo: list[Part],
+    checkpoints: list[Any],
+    borders: Borders,
+    device: torch.device,
+    clock: _Clock,
+) -> None:
+    """Make parts of one model, which is there no longer than this takes."""
+    models = [restored_model(*one).to(device) for one in checkpoints]
+    model = Joint(models, made.rule, made.vocab_size) if made.mode == JOINT else models[0]
+    world = distributed.world()
+    for start in range(0, len(todo), world):
+        together = todo[start : start + world]
+
+        def make(mine: list[Part] = together[distributed.rank() : distributed.rank() + 1]) -> None:
+            for part in mine:
+                _make_part(work, part, made, model, borders, device)
+
+        distributed.together(make)
+        clock.count(together)
 
 
 def _locked(work: Path) -> Any:

@@ -75,7 +75,8 @@ def decode(
     for place in range(length):
         here, more = tokens[:, place], {}
         if apart:
-            starts = torch.where(_begins(here, borders, tokens[:, place - 1] if place else None), place, starts)
+            begins = _begins(here, borders, tokens[:, place - 1] if place else None)
+            starts = torch.where(begins, place, starts)
             more["attention_mask"] = (torch.arange(place + 1, device=device) >= starts[:, None]).long()
             more["position_ids"] = (place - starts)[:, None]
         answer = model(input_ids=here[:, None], past_key_values=cache, use_cache=True, **more)
@@ -83,11 +84,13 @@ def decode(
         if cache is None:
             raise _refused(model, "has no key-value cache that it gives back")
         logits = answer.logits[:, -1, :vocab_size].double()
+        if apart and borders.bos == borders.eos:  # two of one id are a border, which ends no document that just began
+            logits[begins, borders.eos] = -torch.inf
         logs = logits.log_softmax(-1)
         chosen = choose_rows(logits, drawn[:, place], sampling)
         forced = torch.zeros_like(chosen, dtype=torch.bool)
         if apart and borders.bos is not None and borders.eos is not None:
-            forced = (here == borders.eos) & ((borders.bos != borders.eos) | (starts != place))
+            forced = (here == borders.eos) & ((borders.bos != borders.eos) | ~begins)
             chosen = torch.where(forced, borders.bos, chosen)
         tokens[:, place + 1] = chosen
         loss = -logs.gather(1, chosen[:, None])[:, 0]
