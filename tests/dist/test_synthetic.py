@@ -58,7 +58,7 @@ def pool(group, runs, tmp_path_factory) -> Path:
     """Of two ranks that nothing disturbs."""
     folder = tmp_path_factory.mktemp("synthetic") / "pool"
     found = sampled(group, 2, folder, runs, made_of(runs, "pool"))
-    assert found[0] == found[1]
+    assert [answer["decoded"] for answer in found] == [4, 4]  # batches of each rank
     assert found[0]["tokens"] == 16 * SEQUENCES
     return folder
 
@@ -96,8 +96,8 @@ def test_a_pool_takes_batches_of_members_in_turn_and_joint_copies_are_one(group,
 KILLED = """
 import sys, time
 from pathlib import Path
-from trainer.ensemble import sample
-sample.PART_TOKENS = 1
+from trainer.ensemble import parts, sample
+parts.PART_TOKENS = 1
 decode = sample.decode
 sample.decode = lambda *a, **k: (time.sleep(0.3), decode(*a, **k))[1]
 sample.sample(Path(sys.argv[1]), Path(sys.argv[2]), [])
@@ -121,19 +121,12 @@ def test_a_killed_sampling_goes_on_with_the_parts_that_are_right(group, runs, po
     whole = sorted(work.glob("part-*.json"))
     assert 3 <= len(whole) < 8
     assert not folder.exists()
-    kept, harmed = whole[0].with_suffix(".npy"), whole[1].with_suffix(".npy")
-    before = kept.stat().st_mtime_ns
+    harmed = whole[1].with_suffix(".npy")
     content = bytearray(harmed.read_bytes())
     content[-3] ^= 1  # a bit of the disk
     harmed.write_bytes(content)
-    times = {}
-
-    def look() -> None:
-        times[kept.name] = kept.stat().st_mtime_ns
-
-    look()
-    assert sampled(group, 2, folder, runs, made_of(runs, "pool"), 1)[0]["tokens"] == 16 * SEQUENCES
-    assert times[kept.name] == before
+    decoded = [answer["decoded"] for answer in sampled(group, 2, folder, runs, made_of(runs, "pool"), 1)]
+    assert sum(decoded) == 8 - len(whole) + 1
     assert sha256_file(folder / "train.arrow") == sha256_file(pool / "train.arrow")
 
 
