@@ -283,7 +283,7 @@ def validate(run: Run) -> str:
         return str(stopped)
     run.validated_step = run.step
     if distributed.rank() == 0:
-        loss, value = mixed(results, run.data.weights)
+        loss, value = mixed(results, run.data.measured)
         sources = {
             name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte, "tokens": r.tokens} for name, r in results.items()
         }

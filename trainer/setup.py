@@ -265,12 +265,17 @@ def describe(run: Run) -> None:
             ("step", f"{derived.sequences_per_step} sequences = {world} ranks x {derived.micro_steps} micro-steps x "
                      f"{derived.rows} rows"),
             ("length", f"{derived.steps:,} steps, {tokens:,} tokens, {epochs}"),
+            *((f"{name} pool", f"synthetic pool passes: {passes[name]:.2f}") for name in run.data.synthetic),
             ("optimizer", groups),
             ("decay", decay_of(run)),
             ("schedule", f"{config.schedule.name}, warm-up {config.schedule.warmup:.0%}, floor {config.schedule.floor:g}"),
             ("baseline", f"{run.data.unigram_bits_per_byte:.4f} bits per byte (unigram entropy of the validation tokens)"),
         ],
     )  # fmt: skip
+    for name in run.data.synthetic:
+        if passes[name] > 1:
+            run.progress.say(f"the synthetic pool of {name} is repeated; synthetic pool passes: {passes[name]:.2f}")
+            run.event("synthetic pool repeated", source=name, passes=round(passes[name], 4))
 
 
 def decay_of(run: Run) -> str:

@@ -90,6 +90,16 @@ def evaluate_ensemble(arguments: Namespace, overrides: list[str]) -> None:
     distributed.stop()
 
 
+def sample(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer import distributed
+    from trainer.ensemble.sample import sample as sampled
+
+    answer = sampled(arguments.target, arguments.runs, overrides)
+    if distributed.rank() == 0:
+        write_json(arguments.answer / "answer.json", answer)
+    distributed.stop()
+
+
 def harness(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.evaluate.harness import harness as harnessed
 
@@ -101,13 +111,29 @@ def harness(arguments: Namespace, overrides: list[str]) -> None:
 
 def generate(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.checkpoint.export import loaded_model
-    from trainer.evaluate.sampling import Sampling
-    from trainer.evaluate.text import generate as pieces
     from trainer.evaluate.text import load_tokenizer
 
-    prompts = [*arguments.prompt, *_lines(arguments.prompts)]
     tokenizer = load_tokenizer(arguments.target)
-    model, room, device = loaded_model(arguments.target, arguments.step, arguments.export)
+    _continue(arguments, tokenizer, *loaded_model(arguments.target, arguments.step, arguments.export))
+
+
+def generate_ensemble(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer.ensemble import manifest
+    from trainer.ensemble.joint import loaded
+    from trainer.evaluate.text import load_tokenizer
+
+    runs = arguments.target.parents[1]
+    ensemble = manifest.read(runs, arguments.target.name)
+    tokenizer = load_tokenizer(runs / ensemble.members[0].run)
+    _continue(arguments, tokenizer, *loaded(runs, ensemble))
+
+
+def _continue(arguments: Namespace, tokenizer: Any, model: Any, room: int, device: Any) -> None:
+    """Print the continuations of the prompts as they are made."""
+    from trainer.evaluate.sampling import Sampling
+    from trainer.evaluate.text import generate as pieces
+
+    prompts = [*arguments.prompt, *_lines(arguments.prompts)]
     sampling = Sampling(
         tokens=arguments.tokens, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
         seed=arguments.seed,
@@ -233,6 +259,15 @@ def _laws_options(parser: ArgumentParser) -> None:
 
 def _generate_options(parser: ArgumentParser) -> None:
     _weights_options(parser)
+    _prompt_options(parser)
+
+
+def _sample_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--answer", type=Path, required=True)
+
+
+def _prompt_options(parser: ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", default=[])
     parser.add_argument("--prompts", type=Path, default=None)
     parser.add_argument("--tokens", type=int, default=128)
@@ -255,6 +290,8 @@ TASKS: dict[str, Task] = {
     ),
     "harness": Task("tasks of lm-eval on an export", harness, _harness_options),
     "generate": Task("continue prompts", generate, _generate_options),
+    "generate-ensemble": Task("continue prompts by the rule of an ensemble", generate_ensemble, _prompt_options),
+    "sample": Task("a token table of synthetic text, on every rank", sample, _sample_options, overrides=True),
     "shapes": Task("shapes of parameters and state, bytes of activations", shapes, _answer_options),
     "probe": Task("what torch sees of this machine; `all-reduce-DEVICE` on every rank", probe, _answer_options),
     "laws": Task("fit scaling laws to a table of points", laws, _laws_options),

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from trainer import runfolder
-from trainer.ensemble import manifest
+from trainer.ensemble import manifest, parts, sample
 from trainer.ensemble.task import evaluate as evaluated_ensemble
 from trainer.evaluate.choices import Row, log_likelihoods
 from trainer.evaluate.task import evaluate as evaluated
@@ -57,5 +57,16 @@ def evaluate_ensemble(
         config = runfolder.open_run(Path(runs) / first, overrides)
         paths = [Path(task) for task in tasks]
         return evaluated_ensemble(name, Path(runs), config, paths, split=split, most=most, seed=0)
+    except RunError as error:
+        return {"error": str(error)}
+
+
+def sample_text(folder: str, runs: str, overrides: list[str], part_tokens: int) -> dict[str, Any]:
+    """What `orthogon ensemble sample` finds, with parts of so many tokens, and how many batches this rank decoded; an orderly error as its
+    text."""
+    try:
+        with mock.patch.object(parts, "PART_TOKENS", part_tokens), mock.patch.object(sample, "decode", wraps=sample.decode) as decode:
+            answer = sample.sample(Path(folder), Path(runs), overrides)
+        return answer | {"decoded": decode.call_count}
     except RunError as error:
         return {"error": str(error)}

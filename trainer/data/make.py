@@ -53,7 +53,7 @@ def make_table(recipe: Recipe, work: Path, say: Callable[[str], None]) -> None:
         _remove_parts(work)
         return
     if not (work / "tokenizer").exists():
-        _copy_tokenizer(recipe.tokenizer, work)
+        copy_tokenizer(recipe.tokenizer, work)
     tokenizer = load_tokenizer(work / "tokenizer")
     count, left_out = _make_parts(recipe.source, tokenizer, work, say)
     if left_out:
@@ -138,7 +138,8 @@ def unigram_bits(counts: NDArray[np.int64]) -> float:
     return float(-(seen * np.log2(seen / seen.sum())).sum())
 
 
-def _copy_tokenizer(folder: Path, work: Path) -> None:
+def copy_tokenizer(folder: Path, work: Path) -> None:
+    """Copy a tokenizer into the folder of a table, whole or not at all."""
     partial = work / "tokenizer.partial"
     shutil.rmtree(partial, ignore_errors=True)
     load_tokenizer(folder).save_pretrained(partial)

@@ -34,19 +34,19 @@ def seen_in_training(parts: list[Path], splits: tuple[str, ...]) -> dict[str, fl
     return found
 
 
-def windows(tokens: NDArray[Any]) -> NDArray[np.uint64]:
-    """A 64-bit hash of each window of `WINDOW` tokens: a polynomial modulo 2^64, its parts put together by doubling."""
-    if len(tokens) < WINDOW:
+def windows(tokens: NDArray[Any], size: int = WINDOW) -> NDArray[np.uint64]:
+    """A 64-bit hash of each window of `size` tokens: a polynomial modulo 2^64, its parts put together by doubling."""
+    if len(tokens) < size:
         return np.empty(0, np.uint64)
     powers = {1: _mixed(tokens)}
-    size = 1
+    part = 1
     with np.errstate(over="ignore"):
-        while 2 * size <= WINDOW:
-            powers[2 * size] = _joined(powers[size], size, powers[size], size)
-            size *= 2
-        whole, length = powers[size], size
+        while 2 * part <= size:
+            powers[2 * part] = _joined(powers[part], part, powers[part], part)
+            part *= 2
+        whole, length = powers[part], part
         for more in sorted(powers, reverse=True)[1:]:
-            if length + more <= WINDOW:
+            if length + more <= size:
                 whole, length = _joined(whole, length, powers[more], more), length + more
     return whole
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,26 @@ def pack(parts: list[Path], split: str, target: Path, width: int, vocab_size: in
     Rows of `width` tokens overlap by one, so that every token but the first is predicted once; the rest at the end that
     fills no row is dropped and counted.
     """
+    rest = 0
+
+    def blocks() -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+        nonlocal rest
+        for tokens, sizes, left in _rows(parts, split, width):
+            rest = left
+            yield tokens, sizes
+
+    facts = write_rows(blocks(), target, width, vocab_size)
+    return facts | {"dropped_tokens": rest}
+
+
+def write_rows(
+    blocks: Iterable[tuple[NDArray[Any], NDArray[Any]]], target: Path, width: int, vocab_size: int
+) -> dict[str, Any]:
+    """Write blocks of (rows (n, width), bytes of text behind the targets of each (n,)) as an Arrow file.
+
+    Returns:
+        The facts of the split, and a `histogram` of its targets.
+    """
     from datasets import Features, Sequence, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -91,11 +111,9 @@ def pack(parts: list[Path], split: str, target: Path, width: int, vocab_size: in
     features = Features({"tokens": Sequence(Value(kind), length=width), "bytes": Value("int32")})
     facts: dict[str, Any] = {"sequences": 0, "tokens": 0, "bytes": 0, "max_token": 0, "file": target.name}
     histogram = np.zeros(vocab_size, np.int64)
-    rest = 0
     target.unlink(missing_ok=True)
     writer = ArrowWriter(path=str(target), features=features)
-    for tokens, sizes, left in _rows(parts, split, width):
-        rest = left
+    for tokens, sizes in blocks:
         if len(tokens) == 0:
             continue
         writer.write_batch({"tokens": tokens.astype(kind), "bytes": sizes})
@@ -110,7 +128,7 @@ def pack(parts: list[Path], split: str, target: Path, width: int, vocab_size: in
         facts |= {"size": target.stat().st_size, "sha256": sha256_file(target)}
     else:
         writer.close()
-    return facts | {"dropped_tokens": rest, "histogram": histogram}
+    return facts | {"histogram": histogram}
 
 
 def _rows(parts: list[Path], split: str, width: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32], int]]:

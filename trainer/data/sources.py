@@ -33,13 +33,25 @@ class Data:
         return {key: facts[key] for key in ("tokenizer_digest", "vocab_size", "bos", "eos")}
 
     @property
+    def synthetic(self) -> list[str]:
+        """The sources whose text a model made up."""
+        return [name for name, table in self.tables.items() if "synthetic" in table.facts]
+
+    @property
+    def measured(self) -> dict[str, Fraction]:
+        """Shares of the sources that have text to measure on: synthetic text has none, and the others share its weight."""
+        weights = {name: self.weights[name] for name in self.validation}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    @property
     def unigram_bits_per_byte(self) -> float:
         """Entropy of the validation tokens, each source under its own unigram distribution, mixed as the sources are."""
-        values = {name: table.facts["unigram_bits_per_byte"] for name, table in self.tables.items()}
-        splits = {name: table.facts["splits"]["validation"] for name, table in self.tables.items()}
+        facts = {name: self.tables[name].facts for name in self.validation}
+        values = {name: one["unigram_bits_per_byte"] for name, one in facts.items()}
+        splits = {name: one["splits"]["validation"] for name, one in facts.items()}
         density = {name: split["bytes"] / max(split["tokens"], 1) for name, split in splits.items()}
-        bits = sum(float(w) * values[name] * density[name] for name, w in self.weights.items())
-        return bits / sum(float(w) * density[name] for name, w in self.weights.items())
+        bits = sum(float(w) * values[name] * density[name] for name, w in self.measured.items())
+        return bits / sum(float(w) * density[name] for name, w in self.measured.items())
 
     def tested(self) -> Data:
         """The same with the test split in place of validation.
@@ -48,7 +60,8 @@ class Data:
             RunError: a table without one.
         """
         splits = {}
-        for name, table in self.tables.items():
+        for name in self.validation:
+            table = self.tables[name]
             if table.test is None:
                 raise RunError(
                     f"the table of {name} has no test split",
@@ -89,11 +102,18 @@ def open_data(folders: dict[str, Path], config: DataConfig) -> Data:
                 (count, sources[name].subset_seed),
             )
         parts[name] = Part(rows, weights[name])
+    validation = {name: table.validation for name, table in tables.items() if table.validation is not None}
+    if not validation:
+        raise RunError(
+            "no source has validation text: synthetic text has none",
+            where=", ".join(str(table.folder) for table in tables.values()),
+            mend="mix it with real text in data.mixture",
+        )
     return Data(
         tables=tables,
         weights=weights,
         train=Stream(parts, config.order_seed, config.epoch_order),
-        validation={name: table.validation for name, table in tables.items()},
+        validation=validation,
         subsets=subsets,
     )
 
@@ -102,7 +122,7 @@ def summary(data: Data) -> list[tuple[str, str]]:
     """Rows of a table for people: what each source holds and how much of it is taken."""
     lines = []
     for index, (name, table) in enumerate(data.tables.items()):
-        train, held_back = table.facts["splits"]["train"], table.facts["splits"]["validation"]
+        train, held_back = table.facts["splits"]["train"], table.facts["splits"].get("validation")
         taken = data.train.sources[index].sequences
         of = f" (a subset of {train['sequences']:,})" if name in data.subsets else ""
         share = f"{data.weights[name]} of the sequences; " if len(data.tables) > 1 else ""
@@ -111,7 +131,7 @@ def summary(data: Data) -> list[tuple[str, str]]:
                 name,
                 f"{share}{taken:,} sequences{of} of {table.facts['sequence_length']} tokens, "
                 f"{train['bytes'] / max(train['tokens'], 1):.2f} bytes per token, "
-                f"{held_back['sequences']:,} for validation, digest {train['sha256'][:12]}",
+                f"{held_back['sequences'] if held_back else 0:,} for validation, digest {train['sha256'][:12]}",
             )
         )
     return lines

@@ -60,7 +60,8 @@ class Table:
     folder: Path
     facts: dict[str, Any]
     train: Split
-    validation: Split
+    validation: Split | None = None
+    """None of a table that is for training only: synthetic text."""
     test: Split | None = None
 
 

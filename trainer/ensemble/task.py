@@ -170,12 +170,12 @@ def _answer(
     data, sizes = texts.run.data, {name: texts.sequences(name) for name in texts.run.validation}
     tokens = {name: float(predicted[f"text {name}"].sum()) for name in sizes}
     size = {name: texts.run.validation[name].bytes(0, count) for name, count in sizes.items()}
-    density = sum(float(data.weights[n]) * max(size[n], 1) / max(tokens[n], 1.0) for n in sizes)  # bytes per token
+    density = sum(float(data.measured[n]) * max(size[n], 1) / max(tokens[n], 1.0) for n in sizes)  # bytes per token
     curves = {}
     values = np.zeros(0)
     for index, rule in enumerate(manifest.RULES):
         sources = [
-            curve.Source(float(data.weights[n]), losses[f"text {n}"][index].numpy(), predicted[f"text {n}"].numpy())
+            curve.Source(float(data.measured[n]), losses[f"text {n}"][index].numpy(), predicted[f"text {n}"].numpy())
             for n in sizes
         ]
         values = curve.losses(sources)

@@ -32,18 +32,41 @@ class Sampling:
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token of the distribution of `logits` (V,); draws one number from `generator` unless the temperature is 0.
+    """One token of the distribution of `logits` (V,); draws one number from `generator` unless the temperature is 0."""
+    point = torch.zeros((), dtype=torch.float64)
+    if sampling.temperature != 0:
+        point = torch.rand((), generator=generator, dtype=torch.float64)
+    return int(choose_rows(logits[None], point[None], sampling))
+
+
+def choose_rows(logits: Tensor, points: Tensor, sampling: Sampling) -> Tensor:
+    """One token (rows,) of each of the distributions of `logits` (rows, V), by inversion of their sums at `points`.
 
     Temperature, then top-k, then nucleus (Holtzman et al., arXiv 1904.09751), as `transformers` orders them.
+
+    Args:
+        points: (rows,) in [0, 1), fp64; of no effect at temperature 0.
     """
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    values, order = (logits.double() / sampling.temperature).sort(descending=True, stable=True)
-    probabilities = values[: sampling.top_k].softmax(-1)
+        return logits.argmax(-1)
+    values = logits.double() / sampling.temperature
+    if sampling.top_k is None and sampling.top_p == 1:
+        return _inverted(values.softmax(-1), points)
+    values, order = values.sort(descending=True, stable=True)
+    probabilities = values[:, : sampling.top_k].softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    cumulative = probabilities[before < sampling.top_p].cumsum(-1)
-    point = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
-    return int(order[min(int(torch.searchsorted(cumulative, point, right=True)), len(cumulative) - 1)])
+    places = _inverted(probabilities.masked_fill(before >= sampling.top_p, 0.0), points)
+    return order.gather(1, places[:, None])[:, 0]
+
+
+def _inverted(weights: Tensor, points: Tensor) -> Tensor:
+    """The places (rows,) at which the running sums of `weights` (rows, n) pass `points` (rows,) of their totals."""
+    sums = weights.cumsum(-1)
+    totals = sums[:, -1:]
+    below = torch.nextafter(
+        totals, torch.zeros_like(totals)
+    )  # rounding may put a point at the total, behind which is nothing
+    return torch.searchsorted(sums, torch.minimum(points[:, None] * totals, below), right=True)[:, 0]
 
 
 @torch.no_grad()
@@ -73,7 +96,7 @@ def continuations(
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     left = [min(sampling.tokens, room - len(p)) for p in prompts]
     padded = bool((mask == 0).any())
-    positioned = "position_ids" in inspect.signature(model.forward).parameters
+    positioned = takes_positions(model)
     cache = None
     while True:
         more = {}
@@ -97,6 +120,11 @@ def continuations(
             return
         ids = torch.tensor([[token or 0] for token in chosen], device=device)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether the model can be told the place of each token in its text."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _as_rank_zero(tokens: list[int | None], device: torch.device) -> list[int | None]:

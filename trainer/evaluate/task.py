@@ -93,7 +93,7 @@ def evaluate(
     run.strategy.connect(run.model, None)
     shown.stage(f"{split} loss")
     results = validation_losses(run)
-    loss, value = mixed(results, run.data.weights)
+    loss, value = mixed(results, run.data.measured)
     measured = {
         "loss": loss, "bits_per_byte": value,
         "tokens": sum(result.tokens for result in results.values()), "bytes": sum(result.bytes for result in results.values()),
