@@ -183,10 +183,14 @@ def race(results: Results) -> str:
     """Everything, in order of what others stand on; the table of what there is."""
     first = results.tuned("adamw", None)
     aux = min(first, key=first.__getitem__)
-    tuned = {rule: results.tuned(rule, None if rule == "adamw" else aux) for rule in GRIDS}
-    best = {rule: min(losses, key=losses.__getitem__) for rule, losses in tuned.items() if losses}
+    tuned: dict[str, dict[float, float]] = {}
+    best: dict[str, float] = {}
     ends: dict[str, list[float]] = {}
-    for rule, lr in best.items():
+    for rule in GRIDS:
+        tuned[rule] = results.tuned(rule, None if rule == "adamw" else aux)
+        if not tuned[rule]:
+            continue
+        lr = best[rule] = min(tuned[rule], key=tuned[rule].__getitem__)
         others = [results.loss(rule, lr, aux, STEPS, seed) for seed in range(1, SEEDS)] if rule in SEEDED else []
         ends[rule] = [tuned[rule][lr], *(loss for loss in others if loss is not None)]
     spreads = [statistics.variance(losses) for losses in ends.values() if len(losses) > 1]
