@@ -15,7 +15,7 @@ from tests.dist.test_cli import finished
 from trainer.checkpoint import manifest as manifests
 from trainer.ensemble import manifest
 
-SHORT = ["--train.length=6 steps", "--evaluate.prompts=[]", "--evaluate.every=50 steps", "--checkpoint.every=2 steps"]
+SHORT = ["--train.length=4 steps", "--evaluate.prompts=[]", "--evaluate.every=50 steps", "--checkpoint.every=2 steps"]
 PAIR = ["--distill.teacher=pair"]
 
 
@@ -33,9 +33,8 @@ def student(group, tiny, name: str, world: int, *overrides: str) -> dict:
     return group(world, bodies_distill.train, tiny.yaml, [f"--name={name}", *SHORT, *overrides])[0]
 
 
-def cached(group, tiny, out: str, world: int, form: dict, *overrides: str, **more) -> dict:
-    arguments = (tiny.yaml, list(overrides), more.pop("teacher", "pair"), form, str(tiny.place / out))
-    return group(world, bodies_distill.cache, *arguments, *more.values())[0]
+def cached(group, tiny, out: str, world: int, form: dict, *faults_and_offload: str) -> dict:
+    return group(world, bodies_distill.cache, tiny.yaml, [], "pair", form, str(tiny.place / out), *faults_and_offload)[0]
 
 
 HIDDEN = {"name": "hidden", "dtype": "fp32"}
@@ -53,6 +52,7 @@ def hidden(group, tiny, runs) -> str:
 
 
 def figures(result: dict) -> list[list[float]]:
+    assert "error" not in result, result["error"]
     return [[r["loss"], r["cross_entropy"], r["distill_kl"], r["gradient_norm"]] for r in result["history"] if "loss" in r]
 
 
@@ -68,14 +68,14 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def test_a_student_learns_alike_on_1_2_3_ranks_and_under_every_strategy(group, tiny, live) -> None:
-    assert (live["outcome"], live["asked"]) == ("finished", 6 * 2)
+    assert (live["outcome"], live["asked"]) == ("finished", 4 * 2)
     for loss, entropy, kl, _ in figures(live):
         assert loss == pytest.approx(0.1 * entropy + 0.9 * kl, rel=1e-6)
     assert figures(live)[-1][2] < figures(live)[0][2]
     assert all("distill_kl" not in r for r in live["history"] if "validation_loss" in r)
-    for name, world, parallel in (("live-1", 1, "fsdp2"), ("live-3", 3, "fsdp2"), ("live-ddp", 2, "ddp"), ("live-s", 1, "single")):
-        close(student(group, tiny, name, world, *PAIR, f"--parallel={{name: {parallel}}}"), live)
-    close(student(group, tiny, "live-chunk", 2, *PAIR, "--train.loss_chunk=3"), live)
+    for world, parallel, chunk in ((3, "fsdp2", "null"), (2, "ddp", "3"), (1, "single", "null")):
+        extra = (f"--parallel={{name: {parallel}}}", f"--train.loss_chunk={chunk}")
+        close(student(group, tiny, f"live-{world}-{parallel}", world, *PAIR, *extra), live)
 
 
 def test_the_teacher_is_in_no_checkpoint_and_its_shards_are_freed(group, tiny, runs, live) -> None:
@@ -108,13 +108,16 @@ def test_a_run_teaches_itself_anew_and_the_mean_of_probabilities_teaches_too(gro
 def test_a_cache_has_the_same_bytes_from_any_number_of_ranks_and_goes_on_after_a_kill(group, tiny, hidden) -> None:
     for form in (HIDDEN, {"name": "top-k", "k": 8}, {"name": "sampled", "draws": 20}):
         name = form["name"]
-        found = [cached(group, tiny, f"{name}-{world}", world, form) for world in (1, 2, 3)]
+        found = [cached(group, tiny, f"{name}-{world}", world, form) for world in (1, 3)]
         assert found[0]["parts"] > 20
         assert found[0]["before"] == 0
-        contents = [files(tiny.place / f"{name}-{world}") for world in (1, 2, 3)]
-        assert contents[0] == contents[1] == contents[2]
+        contents = [files(tiny.place / f"{name}-{world}") for world in (1, 3)]
+        assert contents[0] == contents[1]
+    assert contents[0] != files(Path(hidden)) == files(tiny.place / "hidden-1")
+    cached(group, tiny, "offloaded", 1, HIDDEN, "", "disk")
+    assert files(tiny.place / "offloaded") == files(Path(hidden))
     with pytest.raises(RankFailed, match="died"):
-        group(2, bodies_distill.cache, tiny.yaml, [], "pair", HIDDEN, str(tiny.place / "killed"), "kill@cache.part rank=1 step=5")
+        cached(group, tiny, "killed", 2, HIDDEN, "kill@cache.part rank=1 step=5")
     assert not (tiny.place / "killed/cache.json").exists()
     answer = student(group, tiny, "early", 1, *PAIR, f"--distill.cache={tiny.place}/killed")
     assert "is not finished" in answer["error"]
@@ -125,25 +128,24 @@ def test_a_cache_has_the_same_bytes_from_any_number_of_ranks_and_goes_on_after_a
 
 
 def test_a_student_of_hidden_states_is_that_of_live_members(group, tiny, live, hidden) -> None:
-    for name, world, extra in (("from-hidden", 2, ()), ("from-hidden-1", 1, ("--train.micro_batch_size=5",))):
-        result = student(group, tiny, name, world, *PAIR, f"--distill.cache={hidden}", *extra)
-        assert result["asked"] == 0
-        close(result, live)
+    result = student(group, tiny, "from-hidden-1", 1, *PAIR, f"--distill.cache={hidden}", "--train.micro_batch_size=5")
+    assert result["asked"] == 0
+    close(result, live)
     for form, bound in (({"name": "top-k", "k": 301}, 1e-3), ({"name": "hidden", "dtype": "bf16"}, 2e-2)):
         cached(group, tiny, f"all-{form['name']}", 1, form)
-        result = student(group, tiny, f"from-{form['name']}", 2, *PAIR, f"--distill.cache={tiny.place}/all-{form['name']}")
+        result = student(group, tiny, f"from-all-{form['name']}", 1, *PAIR, f"--distill.cache={tiny.place}/all-{form['name']}")
         close(result, live, bound)
 
 
 def test_a_killed_student_goes_on_bit_for_bit(group, tiny, runs, hidden) -> None:
     cached(group, tiny, "draws", 1, {"name": "sampled", "draws": 50})
-    for name, cache in (("h", hidden), ("d", f"{tiny.place}/draws"), ("l", None)):
-        given = [*SHORT, *PAIR, *([f"--distill.cache={cache}"] if cache else [])]
+    for name, cache in (("h", hidden), ("d", f"{tiny.place}/draws")):
+        given = [*SHORT, *PAIR, f"--distill.cache={cache}"]
         calm = group(2, bodies_distill.train, tiny.yaml, [f"--name=calm-{name}", *given])[0]
         with pytest.raises(RankFailed, match="died"):
-            group(2, bodies_distill.train, tiny.yaml, [f"--name=hit-{name}", *given], "kill@step.updated rank=1 step=6")
+            group(2, bodies_distill.train, tiny.yaml, [f"--name=hit-{name}", *given], "kill@step.updated rank=1 step=4")
         back = group(2, bodies_distill.train, tiny.yaml, [f"--name=hit-{name}", *given])[0]
-        assert back["started"] == 4
+        assert back["started"] == 2
         assert (back["tensors"], back["history"]) == (calm["tensors"], calm["history"])
 
 

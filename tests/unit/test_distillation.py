@@ -38,7 +38,9 @@ def teacher(members: int = 3, rule: bool = False, dtype: torch.dtype = torch.flo
 def member_logits(target: Dense) -> torch.Tensor:
     """(members, tokens, columns), whole, in float64."""
     heads = target.heads
-    parts = zip(target.states.double().chunk(heads.members, 1), heads.matrix.double().chunk(heads.members, 1), strict=True)
+    parts = zip(
+        target.states.double().chunk(heads.members, 1), heads.matrix.double().chunk(heads.members, 1), strict=True
+    )
     whole = torch.stack([h @ w.T for h, w in parts])
     return whole if heads.biases is None else whole + heads.biases.double().T[:, None]
 
@@ -177,7 +179,9 @@ def top(p: torch.Tensor, k: int) -> Sparse:
 def test_all_tokens_of_top_k_are_the_whole_distribution(columns) -> None:
     hidden, head = student()
     dense = mixed_loss(hidden, TARGETS, head, teacher(), mix(0.7, columns=columns))
-    sparse = mixed_loss(hidden, TARGETS, head, top(distribution(teacher()), REAL), mix(0.7, columns=columns, keep=False))
+    sparse = mixed_loss(
+        hidden, TARGETS, head, top(distribution(teacher()), REAL), mix(0.7, columns=columns, keep=False)
+    )
     assert float(sparse) == pytest.approx(float(dense), rel=1e-12)
     for found, true in zip(gradients(sparse, hidden, head), gradients(dense, hidden, head), strict=True):
         assert (found - true).abs().max() <= 1e-12
@@ -202,7 +206,9 @@ def test_top_k_normalizes_both_sides_over_the_whole_vocabulary(columns) -> None:
     assert abs(float(mine)) <= 1e-12
     assert all(g.abs().max() <= 1e-12 for g in gradients(mine, hidden, head))
     # Negative control: the teacher normalized over its k tokens, the student over all, is no distance.
-    kept = Sparse(target.ids, target.probabilities / target.probabilities.sum(1, keepdim=True), torch.full((TOKENS,), -torch.inf))
+    kept = Sparse(
+        target.ids, target.probabilities / target.probabilities.sum(1, keepdim=True), torch.full((TOKENS,), -torch.inf)
+    )
     assert abs(float(mixed_loss(hidden, TARGETS, head, kept, mix(1.0))) - float(expected)) > 1e-2
 
 

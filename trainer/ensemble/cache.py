@@ -105,9 +105,7 @@ class Cache:
         if self.heads.matrix.dtype != precision or self.heads.matrix.device != device:
             biases = None if self.heads.biases is None else self.heads.biases.to(device)
             matrix = self.heads.matrix.to(device, precision)
-            self.heads = Heads(
-                matrix, biases, self.heads.members, self.heads.vocabulary, self.heads.probability_mean
-            )
+            self.heads = Heads(matrix, biases, self.heads.members, self.heads.vocabulary, self.heads.probability_mean)
         found = self.form.decode(self.records(rows_of(stream, places)), length, self.heads)
         if isinstance(found, Dense):
             return Dense(found.states.to(device, precision), self.heads)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 
@@ -209,5 +208,3 @@ def _end(folder: Path, plan: dict[str, Any], files: dict[str, Any], tokens: int,
         "folder": str(folder), "rows": plan["rows"], "tokens": tokens, "parts": parts, "before": before,
         "bytes_per_token": facts["bytes_per_token"],
     }  # fmt: skip
-
-

@@ -103,7 +103,13 @@ def mixed_loss(hidden: Tensor, targets: Tensor, head: nn.Linear, against: Dense 
 class _Mixed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, mix: Mix, against: Dense | Sparse, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any,
+        mix: Mix,
+        against: Dense | Sparse,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
         device = hidden.device.type
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
