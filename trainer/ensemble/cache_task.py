@@ -107,7 +107,8 @@ def make(
         mine = missing[turn * world + rank :][:1]  # none for some ranks in the last turn, which answer with the others
         blobs: list[bytes] = []
         faults.locate(step=turn + 1)
-        for start in range(0, per_part, batch):
+        longest = min(per_part, rows - missing[turn * world] * per_part)  # of the turn's parts: only the last is short
+        for start in range(0, longest, batch):
             first = (mine[0] if mine else 0) * per_part + start
             count = min(batch, max(0, rows - first)) if mine else 0
             target = members.answer(batches.at(first, count)[0].to(device))
