@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument(
-        "--sharpness", type=float, default=16.0, help="of the cached teacher, whose weights are untrained"
+        "--sharpness", type=float, default=33.0, help="of the cached teacher, whose weights are untrained"
     )
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
