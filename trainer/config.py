@@ -20,6 +20,8 @@ from trainer.config_data import DataConfig as DataConfig
 from trainer.config_data import SourceConfig as SourceConfig
 from trainer.config_data import TokenizerConfig as TokenizerConfig
 from trainer.config_data import check_data
+from trainer.ensemble import options as distillation
+from trainer.ensemble.options import DistillConfig as DistillConfig
 from trainer.guard.options import GuardConfig as GuardConfig
 from trainer.metrics.options import MetricsConfig
 from trainer.model import library
@@ -182,6 +184,8 @@ class RunConfig:
     """Validation."""
     metrics: MetricsConfig = MetricsConfig()
     """What is recorded, and where it is shown."""
+    distill: DistillConfig | None = None
+    """A teacher to learn from; none trains on text alone."""
     resources: ResourcesConfig = ResourcesConfig()
     """Ranks, threads, device."""
     finish: FinishConfig = FinishConfig()
@@ -197,6 +201,7 @@ CHANGEABLE = (
     "name", "runs", "data.folder", "data.max_epochs", "train.length", "train.micro_batch_size", "train.loss_chunk",
     "train.activation_checkpointing", "train.compile", "train.clip_norm", "train.time_limit",
     "schedule", "guard", "parallel", "checkpoint", "evaluate", "metrics", "resources", "finish",
+    "distill.cache",
     "optim.lr", "optim.weight_decay", "optim.tau_epochs", "optim.adamw.lr", "optim.adamw.weight_decay", "optim.adamw.tau_epochs",
 )  # fmt: skip
 
@@ -312,6 +317,7 @@ def _known_keys(path: list[str], raw: Any) -> list[str]:
 
 
 def _follow(node: Any, schema: Any, raw: Any) -> Any:
+    node = next((one for one in node.get("anyOf", ()) if "$ref" in one), node)  # a section that may be left out
     if "discriminator" in node:
         node = {"$ref": node["discriminator"]["mapping"][raw["name"]]}
     if "$ref" in node:
@@ -337,6 +343,7 @@ def _check(config: RunConfig, source: Source) -> None:
         )
         library.check(config.model.config)
         decay.check(config.optim)
+        distillation.check(config.distill, config.parallel, config.train)
     except RunError as error:
         raise RunError(error.what, where=source.where(error.where), mend=error.mend) from None
     _check_model(config, source)

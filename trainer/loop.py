@@ -171,8 +171,10 @@ def forward_backward(run: Run, count: int) -> Verdict:
     for index, batch in enumerate(micro_batches):
         tokens += token_count(batch.targets)
         run.strategy.synchronize(last=index == len(micro_batches) - 1)
+        moved = batch.to(run.device)
+        against = run.lessons.about(moved, run.batches, run.position, count, index) if run.lessons else None
         with run.strategy.context():
-            loss, objective = losses(run.strategy.forward, *batch.to(run.device))
+            loss, objective = losses(run.strategy.forward, *moved, against=against)
         run.strategy.backward(objective * harm / expected)
         loss_sum += loss.detach().double() * harm
     gradients = run.strategy.gradients(run.parameters)
@@ -188,6 +190,7 @@ def forward_backward(run: Run, count: int) -> Verdict:
         saved=run.background is not None and run.background.done,
         rejected=run.optimizer.take_rejected(),
         device=run.device,
+        parts=run.lessons.take() if run.lessons else (),
         facts={
             "step": run.step,
             "position": run.position,
@@ -232,13 +235,16 @@ def record(run: Run, verdict: Verdict, skipped: str, start: int, count: int, rat
     report_passes(run, start)
     density = verdict.tokens / max(run.batches.bytes(start, count), 1)
     finite = verdict.finite
+    parts = dict(zip(("cross_entropy", "distill_kl"), verdict.parts, strict=False))
+    bits = parts.get("cross_entropy", verdict.loss) / math.log(2) * density
     mfu = utilization(run.flops_per_token, verdict.tokens / seconds, run.peak_flops, distributed.world())
     run.history.write(
         step=run.step,
         position=run.position,
         **epochs(run),
         loss=verdict.loss if finite else None,
-        bits_per_byte=verdict.loss / math.log(2) * density if finite else None,
+        **{name: part if finite else None for name, part in parts.items()},
+        bits_per_byte=bits if finite else None,
         gradient_norm=verdict.gradient_norm if finite else None,
         **({"skipped": skipped} if skipped else {}),
         learning_rate_factor=rate,
@@ -249,7 +255,7 @@ def record(run: Run, verdict: Verdict, skipped: str, start: int, count: int, rat
         data_seconds=round(run.data_seconds, 4),
         **run.groups.take(),
     )
-    run.progress.step(run.step, verdict.loss, verdict.loss / math.log(2) * density, verdict.tokens / seconds, mfu)
+    run.progress.step(run.step, verdict.loss, bits, verdict.tokens / seconds, mfu)
 
 
 def epochs(run: Run) -> dict[str, Any]:

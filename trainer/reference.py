@@ -48,7 +48,8 @@ def _section(prefix: str, node: Any, schema: Any, lines: list[str]) -> None:
         elif "patternProperties" in value:
             lines.append(f"| `{path}` | none | {_one_line(value.get('description', ''))} |")
             inner.append((f"{path}.NAME", _resolve(next(iter(value["patternProperties"].values())), schema)))
-        elif "$ref" in value:
+        elif "$ref" in value or any("$ref" in one for one in value.get("anyOf", ())):
+            value = next((one for one in value.get("anyOf", ()) if "$ref" in one), value)
             inner.append((path, _resolve(value, schema)))
         else:
             empty = "required" if key in node.get("required", ()) else "`[]`" if "items" in value else "`{}`"

@@ -15,6 +15,7 @@ from trainer.config import RunConfig
 from trainer.data import Data
 from trainer.data.batches import Batches
 from trainer.derive import Derived
+from trainer.ensemble.lessons import Lessons
 from trainer.evaluate.samples import Samples
 from trainer.files import read_json
 from trainer.guard.heartbeat import Heartbeat
@@ -54,6 +55,8 @@ class Run:
     architecture: dict[str, Any]
     flops_per_token: int | None
     peak_flops: float | None
+    lessons: Lessons | None
+    """The teacher, in a run that has one."""
     started: float = field(default_factory=time.monotonic)
     lock: Lock | None = None
     """On rank 0: the run folder is ours."""
@@ -116,6 +119,7 @@ class Run:
             "validated_step": self.validated_step,
             "architecture": self.architecture,
             "data": self.data.identity(),
+            **({"teacher": self.lessons.identity()} if self.lessons else {}),
         }
 
     def event(self, kind: str, **facts: Any) -> None:

@@ -18,6 +18,7 @@ from trainer.data import Data
 from trainer.data.batches import Batches
 from trainer.data.masking import Borders
 from trainer.derive import derive
+from trainer.ensemble.lessons import open_lessons
 from trainer.evaluate.samples import Samples
 from trainer.files import read_json, write_json
 from trainer.guard import faults
@@ -121,6 +122,8 @@ def make_run(
         made.optimizer = distributed.together(lambda: strategy.optimizer(model, optim))
         strategy.connect(model, made.optimizer)
     rows = config.train.micro_batch_size
+    watch.heart.beat("teacher")
+    lessons = open_lessons(config, folder, opened, model, strategy)
     run = Run(
         config=config,
         folder=folder,
@@ -148,6 +151,7 @@ def make_run(
         architecture=as_json(shape),
         flops_per_token=made.flops_per_token,
         peak_flops=peak_flops(device, config.train.precision),
+        lessons=lessons,
     )
     progress.steps = derived.steps
     if source is not None:
@@ -268,6 +272,7 @@ def describe(run: Run) -> None:
             *((f"{name} pool", f"synthetic pool passes: {passes[name]:.2f}") for name in run.data.synthetic),
             ("optimizer", groups),
             ("decay", decay_of(run)),
+            *([("teacher", run.lessons.summary)] if run.lessons else []),
             ("schedule", f"{config.schedule.name}, warm-up {config.schedule.warmup:.0%}, floor {config.schedule.floor:g}"),
             ("baseline", f"{run.data.unigram_bits_per_byte:.4f} bits per byte (unigram entropy of the validation tokens)"),
         ],

@@ -100,6 +100,23 @@ def sample(arguments: Namespace, overrides: list[str]) -> None:
     distributed.stop()
 
 
+def cache_targets(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer import distributed
+    from trainer.ensemble import forms
+    from trainer.ensemble.cache_task import make
+
+    config = configuration.load(arguments.target, overrides)
+    chosen = {
+        "hidden": {"dtype": arguments.dtype}, "top-k": {"k": arguments.k},
+        "sampled": {"draws": arguments.draws, "seed": arguments.seed},
+    }  # fmt: skip
+    form = forms.of_json({"name": arguments.form, **chosen[arguments.form]})
+    answer = make(arguments.teacher, config, form, arguments.out, offload=arguments.offload)
+    if distributed.rank() == 0:
+        write_json(arguments.answer / "answer.json", answer)
+    distributed.stop()
+
+
 def harness(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.evaluate.harness import harness as harnessed
 
@@ -236,6 +253,18 @@ def _ensemble_options(parser: ArgumentParser) -> None:
     parser.add_argument("--answer", type=Path, required=True)
 
 
+def _cache_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--form", choices=["hidden", "top-k", "sampled"], required=True)
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--draws", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--offload", choices=["cpu", "disk"], default=None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--answer", type=Path, required=True)
+
+
 def _harness_options(parser: ArgumentParser) -> None:
     _weights_options(parser)
     parser.add_argument("--tasks", nargs="+", required=True)
@@ -287,6 +316,9 @@ TASKS: dict[str, Task] = {
     "evaluate": Task("validation loss and multiple choice, on every rank", evaluate, _evaluate_options, overrides=True),
     "evaluate-ensemble": Task(
         "losses of an ensemble and its subsets, on every rank", evaluate_ensemble, _ensemble_options, overrides=True
+    ),
+    "cache-targets": Task(
+        "a teacher's targets for all training sequences, on every rank", cache_targets, _cache_options, overrides=True
     ),
     "harness": Task("tasks of lm-eval on an export", harness, _harness_options),
     "generate": Task("continue prompts", generate, _generate_options),

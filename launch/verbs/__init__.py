@@ -33,6 +33,8 @@ VERBS = {
     "ensemble generate": "generate:GenerateEnsemble",
     "ensemble sample": "distill_text:Sample",
     "distill text": "distill_text:Text",
+    "distill cache": "distill:Cache",
+    "distill logits": "distill:Logits",
     "checkpoint list": "checkpoint:List",
     "checkpoint verify": "checkpoint:Verify",
     "checkpoint export": "checkpoint:Export",

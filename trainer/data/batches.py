@@ -53,15 +53,8 @@ class Batches:
 
     def at(self, position: int, count: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step of `count` sequences."""
-        room = self.world * self.rows * self.micro_steps
-        if count > room:
-            raise ValueError(f"{count} sequences do not fit the {room} rows of a step")
-        places = np.concatenate(
-            [np.arange(self.rows) + (j * self.world + self.rank) * self.rows for j in range(self.micro_steps)]
-        )
-        real = places < count
-        # Sequence 0 gives the masked rows their shape, also in a step without sequences.
-        tokens, _ = self.sequences.rows(np.where(real, position + places, 0))
+        places, real = self._places(position, count)
+        tokens, _ = self.sequences.rows(places)
         tokens[~real] = 0
         targets = tokens[:, 1:].copy()
         targets[~real] = MASKED
@@ -72,6 +65,21 @@ class Batches:
         inputs = torch.from_numpy(tokens[:, :-1].copy())
         pairs = zip(inputs.split(self.rows), torch.from_numpy(targets).split(self.rows), positions, strict=True)
         return [MicroBatch(*parts) for parts in pairs]
+
+    def places(self, position: int, count: int) -> list[NDArray[np.int64]]:
+        """The position in the stream of each row of these micro-batches; 0 for masked rows."""
+        return list(self._places(position, count)[0].reshape(self.micro_steps, self.rows))
+
+    def _places(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Positions in the stream, and which rows have one; sequence 0 gives the others, which are masked, their shape."""
+        room = self.world * self.rows * self.micro_steps
+        if count > room:
+            raise ValueError(f"{count} sequences do not fit the {room} rows of a step")
+        places = np.concatenate(
+            [np.arange(self.rows) + (j * self.world + self.rank) * self.rows for j in range(self.micro_steps)]
+        )
+        real = places < count
+        return np.where(real, position + places, 0), real
 
     def bytes(self, position: int, count: int) -> int:
         """Bytes of text behind the targets of these sequences, over all ranks."""

@@ -139,11 +139,16 @@ def read(runs: Path, name: str) -> Ensemble:
         raw: dict[str, Any] = read_json(path)
         if raw["format"] != FORMAT or raw["rule"] not in RULES or not raw["members"]:
             raise ValueError("unknown format or rule, or no member")
-        return Ensemble(**{**raw, "members": tuple(Member(**member) for member in raw["members"])})
+        return of_json(raw)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"the ensemble cannot be read: {error}", where=str(path), mend="make it again: orthogon ensemble make"
         ) from None
+
+
+def of_json(raw: dict[str, Any]) -> Ensemble:
+    """The ensemble that `asdict` made these values of."""
+    return Ensemble(**{**raw, "members": tuple(Member(**member) for member in raw["members"])})
 
 
 def open_members(runs: Path, ensemble: Ensemble) -> list[tuple[Path, manifests.Manifest]]:

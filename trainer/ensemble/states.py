@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,41 +79,82 @@ def hidden_states(
     Raises:
         RunError: the architecture's logits are not head times hidden states.
     """
-    decoder, head = chunked.decoder_of(model), model.get_output_embeddings()
-    if decoder is None or not isinstance(head, nn.Linear):
-        raise _refused(model, "keeps no linear head apart from its decoder")
+    probe, head = None, _linear_head(model)
     found = HiddenStates(folder, head.in_features, device)
+    model.eval()
+    with keeping(model) as kept:
+        try:
+            for batch in batches:
+                moved = batch.to(device)
+                with strategy.context():
+                    logits = strategy.forward(**model_inputs(moved.inputs, moved.positions)).logits
+                if not kept:
+                    raise _refused(model, "does not call its decoder")
+                states = kept.pop()
+                probe = probe or (states[:, 0], logits[:, 0])
+                found.states.append(states.flatten(0, 1))
+        finally:
+            strategy.settle(model)
+    weight, bias = (None if tensor is None else whole(tensor).float() for tensor in (head.weight, head.bias))
+    if probe is not None:
+        _compare(model, *probe, weight, bias)
+    found.weights.append(weight)  # type: ignore[arg-type]
+    found.biases = None if bias is None else bias.cpu()
+    return found
+
+
+@contextmanager
+def keeping(model: Any) -> Iterator[list[Tensor]]:
+    """The hidden states (rows, L, d) of every forward within, in order; the head works for one token of each row only."""
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, output: Any) -> Any:
         kept.append(output.last_hidden_state)
-        output.last_hidden_state = output.last_hidden_state[:, :1]  # the head works for one token of each row only
+        output.last_hidden_state = output.last_hidden_state[:, :1]
         return output
 
-    handle, probe = decoder.register_forward_hook(keep), None
-    model.eval()
+    handle = chunked.decoder_of(model).register_forward_hook(keep)  # type: ignore[union-attr]
     try:
-        for batch in batches:
-            moved = batch.to(device)
-            with strategy.context():
-                logits = strategy.forward(**model_inputs(moved.inputs, moved.positions)).logits
-            if not kept:
-                raise _refused(model, "does not call its decoder")
-            states = kept.pop()
-            probe = probe or (states[:, 0].float(), logits[:, 0])
-            found.states.append(states.flatten(0, 1))
+        yield kept
     finally:
         handle.remove()
-        strategy.settle(model)
-    weight, bias = (None if tensor is None else _whole(tensor).float() for tensor in (head.weight, head.bias))
-    if probe is not None:
-        product = F.linear(probe[0], weight, bias)  # type: ignore[arg-type]
-        difference = float((product - probe[1].float()).abs().max() / probe[1].abs().max().clamp_min(1.0))
-        if not difference <= TOLERANCE.get(probe[1].dtype, 1e-4):
-            raise _refused(model, f"changes what its linear head gives (by {difference:.1g} of the largest logit)")
-    found.weights.append(weight)  # type: ignore[arg-type]
-    found.biases = None if bias is None else bias.cpu()
-    return found
+
+
+@torch.no_grad()
+def check_linear(model: Any, forward: Any, device: torch.device) -> None:
+    """A forward of a few tokens, on all ranks alike.
+
+    Args:
+        forward: what is called in place of the model.
+
+    Raises:
+        RunError: the architecture's logits are not head times hidden states.
+    """
+    head, was_training = _linear_head(model), model.training
+    model.eval()
+    tokens = torch.arange(1, 6, device=device).remainder(model.config.vocab_size)[:, None]
+    with keeping(model) as kept, torch.compiler.set_stance("force_eager"):
+        logits = forward(input_ids=tokens, use_cache=False).logits
+    model.train(was_training)
+    if not kept:
+        raise _refused(model, "does not call its decoder")
+    if not head.weight.is_meta:  # offloaded: the check was made before
+        weight, bias = (None if tensor is None else whole(tensor).float() for tensor in (head.weight, head.bias))
+        _compare(model, kept[0][:, 0], logits[:, 0], weight, bias)
+
+
+def _linear_head(model: Any) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if chunked.decoder_of(model) is None or not isinstance(head, nn.Linear):
+        raise _refused(model, "keeps no linear head apart from its decoder")
+    return head
+
+
+def _compare(model: Any, states: Tensor, logits: Tensor, weight: Any, bias: Tensor | None) -> None:
+    product = F.linear(states.float(), weight, bias)
+    difference = float((product - logits.float()).abs().max() / logits.abs().max().clamp_min(1.0))
+    if not difference <= TOLERANCE.get(logits.dtype, 1e-4):
+        raise _refused(model, f"changes what its linear head gives (by {difference:.1g} of the largest logit)")
 
 
 def check_room(folder: Path, members: int, tokens: int, model: Any, ranks: int) -> None:
@@ -137,7 +179,8 @@ def check_room(folder: Path, members: int, tokens: int, model: Any, ranks: int) 
         )
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with all its shards; collective where it has some."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 

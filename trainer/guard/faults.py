@@ -27,7 +27,7 @@ POINTS = (
     "save.begin", "save.write", "save.after_shard", "save.hash", "save.before_manifest", "save.after_manifest",
     "save.rename", "save.renamed", "save.prune", "save.background",
     "load.verified", "load.read",
-    "history.write", "end.begin", "end.outcome",
+    "history.write", "end.begin", "end.outcome", "cache.part",
 )  # fmt: skip
 """Every point of the code, in the order in which a run passes them."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,8 @@ class Verdict:
     """Whether a save behind the run's back is complete on all ranks."""
     rejected: int
     """Matrices whose update the optimizer rejected in the step before, over all ranks."""
+    parts: tuple[float, ...] = ()
+    """Means over the step's global tokens of what the loss is made of, where it is made of several."""
 
     @property
     def finite(self) -> bool:
@@ -40,13 +42,14 @@ class Verdict:
 
 def agree(
     gradients: list[tuple[Tensor, int]], loss_sum: float, tokens: int, expected: int, *, signal: bool, timeout: bool, save_due: bool,
-    saved: bool, rejected: int, device: torch.device, facts: Mapping[str, object] | None = None,
+    saved: bool, rejected: int, device: torch.device, facts: Mapping[str, object] | None = None, parts: Sequence[float] = (),
 ) -> Verdict:  # fmt: skip
     """Reduce this rank's sums and flags, and make sure that the ranks are about to do the same step.
 
     Args:
         gradients: this rank's share of the gradients of `loss_sum / expected`, each with the number of ranks that hold a
             copy of it.
+        parts: this rank's sums of what `loss_sum` is made of.
         facts: what must be the same on all ranks, such as learning rates; a digest of it travels with the sums.
 
     Raises:
@@ -64,8 +67,8 @@ def agree(
         float(saved),
         float(rejected),
     ]
-    total, count, square, signals, timeouts, saves, complete, refused, marks, squared_marks = sum_over_ranks(
-        [*numbers, mark, mark * mark], device
+    total, count, square, signals, timeouts, saves, complete, refused, marks, squared_marks, *shares = sum_over_ranks(
+        [*numbers, mark, mark * mark, *parts], device
     )
     if int(squared_marks) * world() != int(marks) ** 2:  # sums of whole numbers are exact; equal ones have no variance
         same(facts or {}, "this step", Outcome.BUG)
@@ -79,6 +82,7 @@ def agree(
         save_due=saves > 0,
         saved=complete == world(),
         rejected=int(refused),
+        parts=tuple(share / max(count, 1.0) for share in shares),
     )
 
 

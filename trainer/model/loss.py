@@ -22,14 +22,20 @@ def summed_loss(model: Any, inputs: Tensor, targets: Tensor, positions: Tensor |
     return losses(model, inputs, targets, positions)[0]
 
 
-def losses(model: Any, inputs: Tensor, targets: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def losses(
+    model: Any, inputs: Tensor, targets: Tensor, positions: Tensor | None = None, against: Any = None
+) -> tuple[Tensor, Tensor]:
     """(summed cross-entropy, what to differentiate): the second adds the balancing loss of a mixture of experts.
+
+    With `against`, what a teacher says about these tokens, the first is the mixed loss of `trainer.ensemble.divergence`.
 
     Experts are balanced if the architecture's configuration says `output_router_logits: true`: its own auxiliary loss,
     a mean over this micro-batch, times its `router_aux_loss_coef` and the predicted tokens of the micro-batch.
     """
     core = getattr(model, "module", model)  # a wrapper such as DDP calls the model it holds
-    if getattr(core, "loss_chunk", None) is not None:
+    if against is not None:
+        loss, balance = model(**model_inputs(inputs, positions), targets=targets, against=against)
+    elif getattr(core, "loss_chunk", None) is not None:
         loss, balance = model(**model_inputs(inputs, positions), targets=targets)
     else:
         output = model(**model_inputs(inputs, positions))

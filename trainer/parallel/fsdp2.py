@@ -133,5 +133,18 @@ class Strategy(single.Strategy):
             module.reshard()
 
 
+def mesh_of(device: Any, world: int) -> Any:
+    """All ranks in one row."""
+    return device_mesh.init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+
+
+def shard_frozen(model: Any, blocks: list[Any], mesh: Any, precision: str) -> None:
+    """Shard a model that is only asked: every group's whole weights, those of the root too, are freed after its forward."""
+    compute = torch.bfloat16 if precision == "bf16" else torch.float32
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=compute)
+    for module in [*blocks, model]:
+        fsdp.fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
 def _wrapped(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
