@@ -1,0 +1,1 @@
+"""Whole recipes: tuned runs, ensembles and students of one corpus, and a report of them."""

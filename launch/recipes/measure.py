@@ -1,0 +1,92 @@
+"""Measurements of runs and ensembles on this machine, each made once per checkpoint and kept beside the recipe."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch import evidence, process
+from trainer.checkpoint import manifest as manifests
+from trainer.ensemble import manifest
+from trainer.files import digest, sha256_file, write_json
+from trainer.outcome import RunError
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Where results are kept, and what is told meanwhile."""
+
+    runs: Path
+    folder: Path
+    say: Callable[[str], None]
+
+    def command(self, *words: str) -> str:
+        """What a command of ours prints.
+
+        Raises:
+            RunError: it failed; with its last words.
+        """
+        line = [sys.executable, "-m", "launch.cli", *words]
+        done = subprocess.run(line, capture_output=True, text=True, env=process.environment(), check=False)
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
+            raise RunError(
+                f"orthogon {' '.join(words)} ended with exit code {done.returncode}: {last[0]}",
+                where=words[0],
+                mend="run this command alone to see all of it; the recipe goes on where it was",
+            )
+        return done.stdout
+
+    def kept(self, name: str, facts: dict[str, Any], make: Callable[[], Any]) -> Any:
+        """A result that was made of these facts before, or is made now."""
+        path, key = self.folder / "measurements" / f"{name}.json", digest(facts)
+        record = evidence.record(path) or {}
+        if record.get("key") != key:
+            record = {"key": key, "found": make()}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, record)
+        return record["found"]
+
+    def run(self, name: str, split: str) -> dict[str, Any]:
+        """`orthogon evaluate` of a run's newest checkpoint."""
+        folder = self.runs / name
+        step = evidence.newest_checkpoint(folder)
+        if step is None:
+            raise RunError(f"run {name} has no checkpoint", where=str(folder), mend="train it again")
+        facts = {"checkpoint": sha256_file(manifests.find(folder, step) / "manifest.json"), "split": split}
+        words = ("evaluate", name, "--split", split, "--json", "--runs", str(self.runs))
+        found: dict[str, Any] = self.kept(f"{name}-{split}", facts, lambda: last_json(self.command(*words)))
+        return found
+
+    def ensemble(self, name: str, split: str) -> dict[str, Any]:
+        """`orthogon ensemble evaluate` of an ensemble and its subsets."""
+        members = [member.manifest_sha256 for member in manifest.read(self.runs, name).members]
+        words = ("ensemble", "evaluate", name, "--split", split, "--json", "--runs", str(self.runs))
+        facts = {"members": members, "split": split}
+        found: dict[str, Any] = self.kept(f"ensemble-{name}-{split}", facts, lambda: last_json(self.command(*words)))
+        return found
+
+    def all_runs(self, names: list[str], split: str, at_once: int) -> dict[str, dict[str, Any]]:
+        """Several runs, so many at a time."""
+
+        def one(name: str) -> dict[str, Any]:
+            found = self.run(name, split)
+            self.say(f"{name}: {split} loss {found[split]['loss']:.4f}")
+            return found
+
+        with ThreadPoolExecutor(max(at_once, 1)) as pool:
+            return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def last_json(text: str) -> Any:
+    """The JSON value in the last line that is one."""
+    for line in reversed(text.splitlines()):
+        if line.startswith(("{", "[")):
+            return json.loads(line)
+    raise RunError("a command gave no JSON", where="recipe", mend="run it alone with --json")

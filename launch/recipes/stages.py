@@ -1,0 +1,219 @@
+"""The stages of a recipe, in order. Each finds what was done before, so that the same command goes on.
+
+Standard grid and regularized search per cell, members, their curves, laws, synthetic text, students, the report. Runs go
+through a backend; sampling, caches, evaluations and laws are computed on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import distilling, standing
+from launch.graph import of_runs
+from launch.pipeline import Driver, drive
+from launch.recipes import cells as made
+from launch.recipes import cost
+from launch.recipes.file import Recipe, Student, size_of_students
+from launch.recipes.measure import Measure
+from launch.shapes import shapes
+from launch.tuning import Certificate, Search, tune
+from trainer.ensemble import manifest
+from trainer.ensemble import recipe as texts
+from trainer.files import write_json
+from trainer.outcome import Outcome, RunError
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+GOES_ON = (0, Outcome.DIVERGED.code, Outcome.PREEMPTED.code)
+"""Codes of a search that found something: certified, not certified, or at the recipe's most runs."""
+
+
+class Stopped(Exception):
+    """A stage cannot be completed now; the text says why, `code` is the exit code."""
+
+    def __init__(self, what: str, code: int) -> None:
+        super().__init__(what)
+        self.code = code
+
+
+@dataclass
+class Work:
+    """A recipe under way, and what it has found."""
+
+    recipe: Recipe
+    config: RunConfig
+    backend: str
+    options: Any
+    at_once: int
+    budget: float | None
+    say: Callable[[str], None] = print
+    standard: dict[str, Certificate] = field(default_factory=dict)
+    """By cell."""
+    regularized: dict[str, Certificate] = field(default_factory=dict)
+    """By cell."""
+    ensembles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By name: cell, kind, member runs."""
+    students: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By run: student, seed, teacher."""
+    flops: float = 0.0
+    """Of the stages that are complete."""
+
+    @property
+    def runs(self) -> Path:
+        return Path(self.config.runs)
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / "recipes" / self.recipe.name
+
+
+def work_through(work: Work) -> None:
+    """All stages that make runs.
+
+    Raises:
+        Stopped: a run failed, or the budget is spent.
+        RunError: a name is taken by something else, or a file cannot be written.
+    """
+    for cell in made.cells(work.recipe, work.config):
+        if cell.of.standard:
+            afford(work, "standard", cell.name)
+            work.standard[cell.name] = search(work, made.standard(work.recipe, cell))
+        afford(work, "regularized", cell.name)
+        first, before = anchors(work, cell)
+        work.regularized[cell.name] = search(work, made.regularized(work.recipe, cell, first, before))
+    for cell in made.cells(work.recipe, work.config):
+        for kind, of in work.recipe.members.items():
+            if of.sizes is None or cell.size in of.sizes:
+                afford(work, f"members {kind}", cell.name)
+                optimum = work.regularized[cell.name].point
+                names, configs = made.members(cell, kind, of, optimum, work.recipe)
+                run_all(work, f"{cell.name}-{kind}", configs)
+                name = f"{cell.name}-{kind}"
+                manifest.write(work.runs, manifest.make(name, work.runs, names, "logit mean"))
+                work.ensembles[name] = {"cell": cell.name, "kind": kind, "members": names}
+    for cell in made.cells(work.recipe, work.config):
+        if cell.size == size_of_students(work.recipe):
+            for name, one in work.recipe.students.items():
+                afford(work, f"student {name}", cell.name)
+                teach(work, cell, name, one)
+
+
+def afford(work: Work, stage: str, cell: str) -> None:
+    """Raises:
+    Stopped: this stage would pass the budget.
+    """
+    known = {name: certificate.point for name, certificate in work.regularized.items()}
+    costs = cost.preview(work.recipe, work.config, shapes, known)
+    next_one = sum(one.flops for one in costs if one.stage == stage and one.cell == cell)
+    if work.budget is not None and work.flops + next_one > work.budget:
+        raise Stopped(
+            f"{stage} of {cell} needs {next_one:.3g} FLOPs, and {work.flops:.3g} of the budget of {work.budget:.3g} are spent; "
+            "with a larger --budget the same command goes on",
+            Outcome.PREEMPTED.code,
+        )
+    work.flops += next_one
+    work.say(f"-- {stage} of {cell}")
+
+
+def anchors(work: Work, cell: made.Cell) -> tuple[made.Optimum | None, made.Optimum | None]:
+    """The optima of the first size and of the size before, on the same text."""
+    done = [
+        work.regularized[one.name].point
+        for one in made.cells(work.recipe, work.config)
+        if one.tokens == cell.tokens and one.name in work.regularized
+    ]
+    return (done[0], done[-1]) if done else (None, None)
+
+
+def search(work: Work, what: Search) -> Certificate:
+    """A search to its end.
+
+    Raises:
+        Stopped: runs failed, or no cell has a loss.
+    """
+    if what.most_runs is not None:  # counted over all calls of the same recipe
+        there = len(list(work.runs.glob(f"{what.config.name}-e*-lr*")))
+        what = Search(**{**vars(what), "most_runs": max(what.most_runs - there, 0)})
+    certificate = tune(what, work.backend, work.options, work.at_once, work.say)
+    if certificate.code not in GOES_ON or certificate.point["loss"] is None:
+        raise Stopped(f"{what.config.name}: {certificate.stopped or 'no run has a loss'}", certificate.code or 1)
+    told = "certified" if certificate.certified else f"not certified{': ' * bool(certificate.stopped)}{certificate.stopped}"
+    work.say(f"{what.config.name}: best {certificate.point['run']}, validation loss {certificate.point['loss']:.4f}, {told}")
+    return certificate
+
+
+def run_all(work: Work, name: str, configs: list[RunConfig]) -> None:
+    """Runs through the backend.
+
+    Raises:
+        Stopped: one failed.
+    """
+    if not configs:
+        return
+    driver = Driver(of_runs(name, configs), work.backend, work.options, work.say)
+    code = drive(driver, work.at_once)
+    if code:
+        run, why = next(iter(driver.failed.items()))
+        raise Stopped(f"{run}: {why}", code)
+
+
+def teach(work: Work, cell: made.Cell, name: str, one: Student) -> None:
+    """A student and its further seeds, after what its teacher has to make for it."""
+    optimum = work.regularized[cell.name].point
+    ensemble = f"{cell.name}-{one.teacher}"
+    label = f"{cell.name.removeprefix(work.recipe.name + '-')}-{name}" if len(work.recipe.subsets) > 1 else name
+    configs = [made.student(cell, label, one, optimum, work.recipe, seed) for seed in range(one.seeds)]
+    if one.kind == "logits":
+        configs = with_cache(work, ensemble, one, configs)
+    else:
+        teacher = ensemble if one.kind == "text" else work.ensembles[ensemble]["members"][0]
+        configs = [with_text(work, teacher, one, config) for config in configs]
+    run_all(work, f"{cell.name}-{name}", configs)
+    for seed, config in enumerate(configs):
+        work.students[config.name] = {"student": name, "cell": cell.name, "seed": seed, "teacher": ensemble}
+
+
+def with_text(work: Work, teacher: str, one: Student, config: RunConfig) -> RunConfig:
+    """The student with its mixture of real and synthetic text, which is sampled if it is not there."""
+    share, ensemble = distilling.share_of(one.share), texts.teacher_of(work.runs, teacher)
+    distilling.check_teacher(config, ensemble, work.runs)
+    tokens = one.tokens or distilling.needed_tokens(config, ensemble, work.runs, Fraction(share))
+    recipe = texts.recipe(
+        work.runs, ensemble, "pool", tokens=tokens, batch=128, seed=0, temperature=1.0, top_k=None, top_p=1.0
+    )
+    table = distilling.table_of(work.runs, recipe)
+    work.say(f"synthetic text of {teacher}: {table}")
+    distilling.sampled(table, recipe, work.runs, [])
+    return distilling.student_of_text(config, table, share)
+
+
+def with_cache(work: Work, teacher: str, one: Student, configs: list[RunConfig]) -> list[RunConfig]:
+    """The students with their teacher's cached targets, which are made if they are not there."""
+    from trainer import config as configuration
+
+    raw = configuration.resolved(configs[0])
+    source = work.folder / f"{configs[0].name}.yaml"
+    try:
+        work.folder.mkdir(parents=True, exist_ok=True)
+        write_json(source, raw)  # JSON is YAML
+    except OSError as error:
+        raise RunError(
+            f"the student's file cannot be written: {error.strerror}", where=str(source), mend="make room",
+            outcome=Outcome.of_errno(error.errno),
+        ) from None  # fmt: skip
+    cache = work.runs / "caches" / f"{teacher}-{one.form}"
+    Measure(work.runs, work.folder, work.say).command(
+        "distill", "cache", teacher, str(source), f"--form={one.form}", f"--out={cache}"
+    )
+    section = {"teacher": teacher, "alpha": one.alpha, "cache": str(cache)}
+    return [configuration.parse({**configuration.resolved(config), "distill": section}) for config in configs]
+
+
+def finished(work: Work, run: str) -> bool:
+    """Whether a run has come to its end."""
+    return standing.read(work.runs / run).state == Outcome.FINISHED.value
