@@ -212,6 +212,12 @@ def laws(arguments: Namespace, overrides: list[str]) -> None:
     )  # fmt: skip
 
 
+def recipe_figures(arguments: Namespace, overrides: list[str]) -> None:
+    from trainer.laws.recipe_figure import recipe_figure
+
+    recipe_figure(arguments.target, arguments.figure)
+
+
 def finish(arguments: Namespace, overrides: list[str]) -> None:
     from trainer.finish import finish as finished
 
@@ -286,6 +292,10 @@ def _laws_options(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true")
 
 
+def _recipe_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--figure", type=Path, required=True)
+
+
 def _generate_options(parser: ArgumentParser) -> None:
     _weights_options(parser)
     _prompt_options(parser)
@@ -327,6 +337,7 @@ TASKS: dict[str, Task] = {
     "shapes": Task("shapes of parameters and state, bytes of activations", shapes, _answer_options),
     "probe": Task("what torch sees of this machine; `all-reduce-DEVICE` on every rank", probe, _answer_options),
     "laws": Task("fit scaling laws to a table of points", laws, _laws_options),
+    "recipe-figures": Task("draw the figures of a recipe's report", recipe_figures, _recipe_options),
     "finish": Task("verify, export, figure, sample", finish),
 }
 

@@ -30,6 +30,7 @@ VERBS = {
     "ensemble make": "ensemble:Make",
     "ensemble evaluate": "ensemble:Evaluate",
     "tune": "tune:Tune",
+    "recipe run": "recipe:Run",
     "ensemble generate": "generate:GenerateEnsemble",
     "ensemble sample": "distill_text:Sample",
     "distill text": "distill_text:Text",
