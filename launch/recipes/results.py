@@ -55,8 +55,8 @@ def collect(work: Work) -> dict[str, Any]:
             for cell in made.cells(work.recipe, work.config)
         },
         "runs": rows,
-        "standard": {name: summary(one) for name, one in work.standard.items()},
-        "regularized": {name: summary(one) for name, one in work.regularized.items()},
+        "standard": {name: summary(one, None) for name, one in work.standard.items()},
+        "regularized": {name: summary(one, work.recipe.regularized.most_runs) for name, one in work.regularized.items()},
         "ensembles": ensembles,
         "students": work.students,
     }
@@ -100,10 +100,11 @@ def row(runs: Path, name: str, stage: str, cell: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def summary(certificate: Certificate) -> dict[str, Any]:
-    """What the report says of a search."""
-    keys = ("certified", "point", "neighbours", "missing", "noise", "moves", "stopped")
-    return {key: getattr(certificate, key) for key in keys}
+def summary(certificate: Certificate, most: int | None) -> dict[str, Any]:
+    """What the report says of a search that starts `most` runs in all."""
+    keys = ("certified", "point", "neighbours", "missing", "noise", "moves")
+    stopped = f"it ends at most_runs = {most}" if certificate.stopped else ""
+    return {key: getattr(certificate, key) for key in keys} | {"stopped": stopped}
 
 
 def parameters(config: RunConfig) -> int:

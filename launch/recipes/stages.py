@@ -142,7 +142,7 @@ def search(work: Work, what: Search) -> Certificate:
     certificate = tune(what, work.backend, work.options, work.at_once, work.say)
     if certificate.code not in GOES_ON or certificate.point["loss"] is None:
         raise Stopped(f"{what.config.name}: {certificate.stopped or 'no run has a loss'}", certificate.code or 1)
-    told = "certified" if certificate.certified else f"not certified{': ' * bool(certificate.stopped)}{certificate.stopped}"
+    told = "certified" if certificate.certified else "not certified"
     work.say(f"{what.config.name}: best {certificate.point['run']}, validation loss {certificate.point['loss']:.4f}, {told}")
     return certificate
 
