@@ -19,6 +19,9 @@ def page(results: dict[str, Any], inequalities: bool) -> str:
         + (", which nothing was tuned on: searches see the validation split only." if results["split"] == "test" else
            ", on which searches chose, too: this text has no test split, so they flatter what was chosen.")
         + " Made from the runs' artefacts by `orthogon recipe run`.\n",
+        "Parameters per token over 1/20, the best where compute is the limit: "
+        + ", ".join(f"{of(results, name)}: {over_parametrized(c['parameters'], c['tokens']):.3g}" for name, c in results["cells"].items())
+        + ".\n",
         f"![figures]({FIGURE})\n",
         "## What came out\n", main_table(results),
     ]  # fmt: skip
@@ -138,7 +141,12 @@ def runs(results: dict[str, Any]) -> str:
 def of(results: dict[str, Any], cell: str) -> str:
     """A cell in words."""
     found = results["cells"][cell]
-    return f"{found['size']} ({found['parameters'] / 1e6:.3g}M), {found['tokens']:,} tokens"
+    return f"{found['size']} ({found['parameters'] / 1e6:.4g}M), {found['tokens']:,} tokens"
+
+
+def over_parametrized(parameters: float, tokens: float) -> float:
+    """Parameters per token over the 1/20 that is best where compute is the limit (Hoffmann et al., arXiv 2203.15556)."""
+    return 20 * parameters / tokens
 
 
 def settings(run: dict[str, Any]) -> str:

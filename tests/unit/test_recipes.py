@@ -11,6 +11,7 @@ import pytest
 
 from launch.recipes import cells, cost, file, inequalities, page
 from trainer.outcome import RunError
+from trainer.yaml_source import Source
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "recipes"
 OPTIMUM = {"epochs": 16.0, "lr": 3e-3, "weight_decay": 3.2, "run": "mini-base-e16-lr0.003-wd3.2"}
@@ -34,6 +35,18 @@ def test_the_recipes_of_the_project_are_right(name) -> None:
     assert [cell.size for cell in found] == list(recipe.sizes)
     assert all(cell.config.data.subset_tokens == config.data.subset_tokens for cell in found)
     assert len({cell.config.name for cell in found}) == len(found)
+
+
+@pytest.mark.parametrize("size", ["150m", "300m", "600m", "1400m"])
+def test_the_papers_models_are_those_of_the_project(size) -> None:
+    recipe, config = file.read(CONFIGS / "infinite-compute-paper.yaml", [])
+    (cell,) = (cell for cell in cells.cells(recipe, config) if cell.size == f"s{size}")
+    known = Source.read(CONFIGS.parent / "models" / f"llama-{size.replace('1400m', '1.4b')}.yaml").raw["model"]["config"]
+    assert {key: cell.config.model.config[key] for key in known} == known
+
+
+def test_the_largest_model_has_140_times_the_parameters_that_compute_would_choose() -> None:
+    assert page.over_parametrized(1.4e9, 0.2e9) == pytest.approx(140)
 
 
 def test_overrides_change_the_run_that_all_are_made_of() -> None:
