@@ -58,7 +58,9 @@ def main_table(results: dict[str, Any]) -> str:
         ])  # fmt: skip
     for run, student in results["students"].items():
         found = results["runs"][run]
-        rows.append([f"student {student['student']} of {student['teacher']}", number(found["loss"]), settings(found), run])
+        rows.append(
+            [f"student {student['student']} of {student['teacher']}", number(found["loss"]), settings(found), run]
+        )
     return table(["what", "loss", "settings", "runs"], rows)
 
 
@@ -85,7 +87,16 @@ def searches(results: dict[str, Any]) -> str:
                 f"{stage}, {of(results, cell)}", f"{point['epochs']:g}", f"{point['lr']:g}", f"{point['weight_decay']:.4g}", tau,
                 f"{point['loss']:.4f}", told, ", ".join(edges),
             ])  # fmt: skip
-    head = ["search", "epochs", "lr", "weight decay", "tau, epochs", "validation loss", "certified", "ends of the lattice"]
+    head = [
+        "search",
+        "epochs",
+        "lr",
+        "weight decay",
+        "tau, epochs",
+        "validation loss",
+        "certified",
+        "ends of the lattice",
+    ]
     return table(head, rows)
 
 
@@ -96,7 +107,11 @@ def curves(results: dict[str, Any]) -> list[str]:
         rows = []
         both = zip(one["curves"]["logit mean"], one["curves"]["probability mean"], strict=True)
         for logit, probability in both:
-            gain = "" if "gain" not in logit else "{:.4f} ({:.4f} to {:.4f})".format(logit["gain"], *logit["gain_interval"])
+            gain = (
+                ""
+                if "gain" not in logit
+                else "{:.4f} ({:.4f} to {:.4f})".format(logit["gain"], *logit["gain_interval"])
+            )
             rows.append([
                 str(logit["members"]), str(logit["subsets"]), f"{logit['loss']:.4f}", f"{logit['best']:.4f} to {logit['worst']:.4f}",
                 gain, f"{probability['loss']:.4f}",
@@ -123,7 +138,9 @@ def laws(results: dict[str, Any]) -> str:
             ])  # fmt: skip
         for gain in found.get("efficiency") or []:
             limit = "no limit" if gain["limit_ratio"] is None else f"{gain['limit_ratio']:.2f}x by its limit"
-            notes.append(f"{gain['recipe']}, d = {gain['d']:g}: {gain['observed_ratio']:.2f}x the data by the loss seen, {limit}.")
+            notes.append(
+                f"{gain['recipe']}, d = {gain['d']:g}: {gain['observed_ratio']:.2f}x the data by the loss seen, {limit}."
+            )
     text = table(["points", "over", "A", "B", "C (limit)", "95%", "flags"], rows) if rows else ""
     return text + "\n".join(["", *notes, ""])
 

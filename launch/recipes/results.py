@@ -56,7 +56,9 @@ def collect(work: Work) -> dict[str, Any]:
         },
         "runs": rows,
         "standard": {name: summary(one, None) for name, one in work.standard.items()},
-        "regularized": {name: summary(one, work.recipe.regularized.most_runs) for name, one in work.regularized.items()},
+        "regularized": {
+            name: summary(one, work.recipe.regularized.most_runs) for name, one in work.regularized.items()
+        },
         "ensembles": ensembles,
         "students": work.students,
     }
@@ -90,7 +92,9 @@ def row(runs: Path, name: str, stage: str, cell: str) -> dict[str, Any]:
     planned = evidence.last_records(runs / name / "events.jsonl", '"event": "planned"', 1)
     losses = [one["loss"] for one in history if one.get("loss") is not None]
     if not losses or not checks:
-        raise RunError(f"run {name} has no losses on record", where=str(runs / name / "metrics.jsonl"), mend="train it again")
+        raise RunError(
+            f"run {name} has no losses on record", where=str(runs / name / "metrics.jsonl"), mend="train it again"
+        )
     number, unit = split_length(config.train.length)
     return {
         "run": name, "stage": stage, "cell": cell, "seed": config.seed,
@@ -130,7 +134,10 @@ def laws(work: Work, results: dict[str, Any], measure: Measure) -> dict[str, Any
     ]
     sizes, amounts = [], []
     for name, cell in results["cells"].items():
-        at = {"n": cell["parameters"] / 1e9, "loss": results["runs"][results["regularized"][name]["point"]["run"]]["loss"]}
+        at = {
+            "n": cell["parameters"] / 1e9,
+            "loss": results["runs"][results["regularized"][name]["point"]["run"]]["loss"],
+        }
         sizes.append({"recipe": f"regularized, {cell['tokens']} tokens", **at})
         amounts.append({"recipe": "regularized", "d": cell["tokens"] / 1e9, **at})
     best: dict[int, float] = {}

@@ -143,7 +143,9 @@ def search(work: Work, what: Search) -> Certificate:
     if certificate.code not in GOES_ON or certificate.point["loss"] is None:
         raise Stopped(f"{what.config.name}: {certificate.stopped or 'no run has a loss'}", certificate.code or 1)
     told = "certified" if certificate.certified else "not certified"
-    work.say(f"{what.config.name}: best {certificate.point['run']}, validation loss {certificate.point['loss']:.4f}, {told}")
+    work.say(
+        f"{what.config.name}: best {certificate.point['run']}, validation loss {certificate.point['loss']:.4f}, {told}"
+    )
     return certificate
 
 

@@ -52,9 +52,7 @@ class Run:
         if self.dry_run:
             return 0
         budget = self.budget or recipe.budget
-        work = stages.Work(
-            recipe, config, on, options, self.at_once, budget, lambda text: print(text, flush=True)
-        )
+        work = stages.Work(recipe, config, on, options, self.at_once, budget, lambda text: print(text, flush=True))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs in the background go on
         try:
             stages.work_through(work)

@@ -41,7 +41,9 @@ def test_the_recipes_of_the_project_are_right(name) -> None:
 def test_the_papers_models_are_those_of_the_project(size) -> None:
     recipe, config = file.read(CONFIGS / "infinite-compute-paper.yaml", [])
     (cell,) = (cell for cell in cells.cells(recipe, config) if cell.size == f"s{size}")
-    known = Source.read(CONFIGS.parent / "models" / f"llama-{size.replace('1400m', '1.4b')}.yaml").raw["model"]["config"]
+    known = Source.read(CONFIGS.parent / "models" / f"llama-{size.replace('1400m', '1.4b')}.yaml").raw["model"][
+        "config"
+    ]
     assert {key: cell.config.model.config[key] for key in known} == known
 
 
@@ -111,7 +113,9 @@ def test_a_preview_counts_runs_tokens_and_flops() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ results and page
-def run(name: str, stage: str, loss: float, epochs: float = 16, lr: float = 3e-3, decay: float = 3.2, **more: Any) -> dict[str, Any]:
+def run(
+    name: str, stage: str, loss: float, epochs: float = 16, lr: float = 3e-3, decay: float = 3.2, **more: Any
+) -> dict[str, Any]:
     cell = more.pop("cell", "mini-base")
     return {
         "run": name, "stage": stage, "cell": cell, "seed": 0, "epochs": epochs, "lr": lr, "weight_decay": decay, "steps": 64,

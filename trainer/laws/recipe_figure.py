@@ -34,7 +34,9 @@ def recipe_figure(source: Path, target: Path) -> None:
     try:
         figure.savefig(target)
     except (OSError, ValueError) as error:
-        raise RunError(f"the figure cannot be written: {error}", where=str(target), mend="give a file such as figures.png") from None
+        raise RunError(
+            f"the figure cannot be written: {error}", where=str(target), mend="give a file such as figures.png"
+        ) from None
     finally:
         plt.close(figure)
 
@@ -106,7 +108,9 @@ def _members(panel: Any, results: dict[str, Any]) -> None:
     for number, (name, one) in enumerate(results["ensembles"].items()):
         points = one["curves"]["logit mean"]
         x = [point["members"] for point in points]
-        panel.plot(x, [point["loss"] for point in points], "o-", color=f"C{number}", label=f"{one['cell']}, {one['kind']}")
+        panel.plot(
+            x, [point["loss"] for point in points], "o-", color=f"C{number}", label=f"{one['cell']}, {one['kind']}"
+        )
         panel.fill_between(x, [p["best"] for p in points], [p["worst"] for p in points], color=f"C{number}", alpha=0.15)
         if name in limits:
             panel.axhline(limits[name], color=f"C{number}", linestyle=":", alpha=0.7)
@@ -122,7 +126,10 @@ def _students(panel: Any, results: dict[str, Any]) -> None:
     used = {one["teacher"] for one in results["students"].values()}
     for number, name in enumerate(sorted(used)):
         panel.axhline(
-            results["ensembles"][name]["curves"]["logit mean"][-1]["loss"], color=f"C{number}", linestyle="--", label=f"teacher {name}"
+            results["ensembles"][name]["curves"]["logit mean"][-1]["loss"],
+            color=f"C{number}",
+            linestyle="--",
+            label=f"teacher {name}",
         )
     names = sorted({one["student"] for one in results["students"].values()})
     for run, one in results["students"].items():
