@@ -66,7 +66,7 @@ def regularized(recipe: Recipe, cell: Cell, first: Optimum | None, before: Optim
         assert first is not None
         decay = float(first["weight_decay"])
         space = _space(
-            recipe, [first["epochs"]], [cell.of.lr or first["lr"]], [float(f"{decay * f:.6g}") for f in (0.5, 1, 2)]
+            recipe, [first["epochs"]], [cell.of.lr or first["lr"]], [float(f"{decay * f:.6g}") for f in cell.of.decays]
         )
         return Search(config=cell.config, space=space, method="grid", noise=one.noise)
     start = one.start if before is None else [before[key] for key in ("epochs", "lr", "weight_decay")]

@@ -51,7 +51,7 @@ def preview(
         if cell.of.standard:
             grid = recipe.standard
             found.append(cost("standard", len(grid.epochs) * len(grid.lr), sum(grid.epochs) * len(grid.lr)))
-        runs = 3 if cell.of.search == "decay" else recipe.regularized.most_runs or SEARCH_RUNS
+        runs = len(cell.of.decays) if cell.of.search == "decay" else recipe.regularized.most_runs or SEARCH_RUNS
         found.append(cost("regularized", runs, runs * optimum["epochs"]))
         for kind, of in recipe.members.items():
             if of.sizes is None or cell.size in of.sizes:

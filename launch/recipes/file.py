@@ -59,8 +59,10 @@ class Size:
     standard: bool = True
     """Whether the standard grid is run at this size."""
     search: Literal["full", "decay"] = "full"
-    """`full`: descent of its own, from the optimum of the size before. `decay`: a grid of half, the same and twice the decay of
-    the first size's optimum, at its epochs."""
+    """`full`: descent of its own, from the optimum of the size before. `decay`: a grid over the decay alone, at the epochs of the
+    first size's optimum."""
+    decays: Values = field(default_factory=lambda: [0.5, 1.0, 2.0])
+    """With `decay`: factors of the first size's weight decay."""
     lr: Above | None = None
     """With `decay`: the rate; none takes the first size's."""
 

@@ -83,7 +83,7 @@ def test_every_stage_makes_its_runs_at_the_optimum() -> None:
     names, runs = cells.members(base, "tuned", recipe.members["tuned"], OPTIMUM, recipe)
     assert names == [OPTIMUM["run"], "mini-base-tuned-1", "mini-base-tuned-2", "mini-base-tuned-3"]
     assert [(run.seed, run.data.order_seed) for run in runs] == [(1, 1), (2, 2), (3, 3)]
-    names, runs = cells.members(base, "paper", recipe.members["paper"], OPTIMUM, recipe)
+    names, runs = cells.members(base, "paper", file.Members(count=2, epochs=2, weight_decay=0.5), OPTIMUM, recipe)
     assert names == ["mini-base-paper-0", "mini-base-paper-1"]
     assert {(run.train.length, run.optim.lr, run.optim.weight_decay) for run in runs} == {("32 epochs", 3e-3, 1.6)}
     assert {run.data.subset_seed for run in runs} == {config.data.subset_seed}
@@ -104,7 +104,7 @@ def test_a_preview_counts_runs_tokens_and_flops() -> None:
     found = cost.preview(recipe, config, lambda _: shapes, {"mini-base": {**OPTIMUM, "epochs": 8.0}})
     by_stage = {(one.stage, one.cell): one for one in found}
     assert by_stage["standard", "mini-base"].tokens == 2 * (2 + 4 + 8 + 16) * 65536
-    assert by_stage["members paper", "mini-base"].tokens == 2 * 2 * 8 * 65536
+    assert by_stage["members half", "mini-base"].tokens == 4 * 8 * 65536
     assert by_stage["members tuned", "mini-base"].runs == 3
     text = by_stage["student text", "mini-base"]
     assert (text.tokens, text.flops) == (4 * 8 * 65536, 600 * 4 * 8 * 65536)
