@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import distilling, standing
+from launch import distilling
 from launch.graph import of_runs
 from launch.pipeline import Driver, drive
 from launch.recipes import cells as made
@@ -98,9 +98,11 @@ def work_through(work: Work) -> None:
                 work.ensembles[name] = {"cell": cell.name, "kind": kind, "members": names}
     for cell in made.cells(work.recipe, work.config):
         if cell.size == size_of_students(work.recipe):
+            students = []
             for name, one in work.recipe.students.items():
                 afford(work, f"student {name}", cell.name)
-                teach(work, cell, name, one)
+                students += taught(work, cell, name, one)
+            run_all(work, f"{cell.name}-students", students)
 
 
 def afford(work: Work, stage: str, cell: str) -> None:
@@ -164,8 +166,8 @@ def run_all(work: Work, name: str, configs: list[RunConfig]) -> None:
         raise Stopped(f"{run}: {why}", code)
 
 
-def teach(work: Work, cell: made.Cell, name: str, one: Student) -> None:
-    """A student and its further seeds, after what its teacher has to make for it."""
+def taught(work: Work, cell: made.Cell, name: str, one: Student) -> list[RunConfig]:
+    """A student and its further seeds, ready to run: what their teacher has to make for them is there."""
     optimum = work.regularized[cell.name].point
     ensemble = f"{cell.name}-{one.teacher}"
     label = f"{cell.name.removeprefix(work.recipe.name + '-')}-{name}" if len(work.recipe.subsets) > 1 else name
@@ -175,9 +177,9 @@ def teach(work: Work, cell: made.Cell, name: str, one: Student) -> None:
     else:
         teacher = ensemble if one.kind == "text" else work.ensembles[ensemble]["members"][0]
         configs = [with_text(work, teacher, one, config) for config in configs]
-    run_all(work, f"{cell.name}-{name}", configs)
     for seed, config in enumerate(configs):
         work.students[config.name] = {"student": name, "cell": cell.name, "seed": seed, "teacher": ensemble}
+    return configs
 
 
 def with_text(work: Work, teacher: str, one: Student, config: RunConfig) -> RunConfig:
@@ -214,8 +216,3 @@ def with_cache(work: Work, teacher: str, one: Student, configs: list[RunConfig])
     )
     section = {"teacher": teacher, "alpha": one.alpha, "cache": str(cache)}
     return [configuration.parse({**configuration.resolved(config), "distill": section}) for config in configs]
-
-
-def finished(work: Work, run: str) -> bool:
-    """Whether a run has come to its end."""
-    return standing.read(work.runs / run).state == Outcome.FINISHED.value
