@@ -7,12 +7,12 @@ through a backend; sampling, caches, evaluations and laws are computed on this m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import distilling
+from launch import distilling, standing, tuning
 from launch.graph import of_runs
 from launch.pipeline import Driver, drive
 from launch.recipes import cells as made
@@ -138,9 +138,10 @@ def search(work: Work, what: Search) -> Certificate:
     Raises:
         Stopped: runs failed, or no cell has a loss.
     """
-    if what.most_runs is not None:  # counted over all calls of the same recipe
-        there = len(list(work.runs.glob(f"{what.config.name}-e*-lr*")))
-        what = Search(**{**vars(what), "most_runs": max(what.most_runs - there, 0)})
+    if what.most_runs is not None:  # counted over all calls of the same recipe; a run under way counts when it is found again
+        there = [standing.read(folder).state for folder in work.runs.glob(f"{what.config.name}-e*-lr*")]
+        ended = sum(state in (tuning.FINISHED, *tuning.LOST) for state in there)
+        what = replace(what, most_runs=max(what.most_runs - ended, 0))
     certificate = tune(what, work.backend, work.options, work.at_once, work.say)
     if certificate.code not in GOES_ON or certificate.point["loss"] is None:
         raise Stopped(f"{what.config.name}: {certificate.stopped or 'no run has a loss'}", certificate.code or 1)
