@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ class Cost:
 
 
 def preview(
-    recipe: Recipe, config: RunConfig, shapes: Callable[[RunConfig], dict[str, Any]], known: dict[str, made.Optimum]
+    recipe: Recipe, config: RunConfig, shapes: Callable[[RunConfig], dict[str, Any]], known: Mapping[str, made.Optimum]
 ) -> list[Cost]:
     """Costs of all stages.
 

@@ -61,7 +61,7 @@ class Facts:
     def students(self, name: str) -> float:
         """The mean loss of a student over its seeds."""
         runs = [run for run, one in self.results["students"].items() if one["student"] == name]
-        return statistics.mean(self.results["runs"][run]["loss"] for run in runs)
+        return float(statistics.mean(self.results["runs"][run]["loss"] for run in runs))
 
     def retained(self, name: str, kind: str) -> float:
         """Share of an ensemble's gain over the best single model that a student keeps."""
@@ -98,7 +98,7 @@ def judge(results: dict[str, Any]) -> list[Judged]:
     def growing() -> float:
         cells = sorted(results["cells"].items(), key=lambda item: item[1]["parameters"])
         losses = [results["runs"][results["regularized"][name]["point"]["run"]]["loss"] for name, _ in cells]
-        return min(before - after for before, after in pairwise(losses))
+        return float(min(before - after for before, after in pairwise(losses)))
 
     most = max(facts.curve(TUNED), default=1)
     claims: list[tuple[str, str, bool, float, Callable[[], float]]] = [

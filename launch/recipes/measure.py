@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ class Measure:
             )
         return done.stdout
 
+    def answer(self, *words: str) -> Any:
+        """The JSON value that a command of ours prints.
+
+        Raises:
+            RunError: it failed, or gave none.
+        """
+        for line in reversed(self.command(*words).splitlines()):
+            if line.startswith(("{", "[")):
+                return json.loads(line)
+        raise RunError(f"orthogon {' '.join(words)} gave no JSON", where=words[0], mend="run this command alone")
+
     def kept(self, name: str, facts: dict[str, Any], make: Callable[[], Any]) -> Any:
         """A result that was made of these facts before, or is made now."""
         path, key = self.folder / "measurements" / f"{name}.json", digest(facts)
@@ -61,7 +73,7 @@ class Measure:
             raise RunError(f"run {name} has no checkpoint", where=str(folder), mend="train it again")
         facts = {"checkpoint": sha256_file(manifests.find(folder, step) / "manifest.json"), "split": split}
         words = ("evaluate", name, "--split", split, "--json", "--runs", str(self.runs))
-        found: dict[str, Any] = self.kept(f"{name}-{split}", facts, lambda: last_json(self.command(*words)))
+        found: dict[str, Any] = self.kept(f"{name}-{split}", facts, partial(self.answer, *words))
         return found
 
     def ensemble(self, name: str, split: str) -> dict[str, Any]:
@@ -69,7 +81,7 @@ class Measure:
         members = [member.manifest_sha256 for member in manifest.read(self.runs, name).members]
         words = ("ensemble", "evaluate", name, "--split", split, "--json", "--runs", str(self.runs))
         facts = {"members": members, "split": split}
-        found: dict[str, Any] = self.kept(f"ensemble-{name}-{split}", facts, lambda: last_json(self.command(*words)))
+        found: dict[str, Any] = self.kept(f"ensemble-{name}-{split}", facts, partial(self.answer, *words))
         return found
 
     def all_runs(self, names: list[str], split: str, at_once: int) -> dict[str, dict[str, Any]]:
@@ -82,11 +94,3 @@ class Measure:
 
         with ThreadPoolExecutor(max(at_once, 1)) as pool:
             return dict(zip(names, pool.map(one, names), strict=True))
-
-
-def last_json(text: str) -> Any:
-    """The JSON value in the last line that is one."""
-    for line in reversed(text.splitlines()):
-        if line.startswith(("{", "[")):
-            return json.loads(line)
-    raise RunError("a command gave no JSON", where="recipe", mend="run it alone with --json")

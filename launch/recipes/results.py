@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import statistics
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import evidence
 from launch.recipes import cells as made
-from launch.recipes.measure import Measure, last_json
+from launch.recipes.measure import Measure
 from launch.recipes.stages import Work
 from launch.shapes import shapes
 from launch.tuning import Certificate
@@ -127,46 +128,63 @@ def laws(work: Work, results: dict[str, Any], measure: Measure) -> dict[str, Any
 
     A table whose axis has fewer than three values is named with the reason in place of a fit.
     """
-    curves = [
-        {"recipe": name, "k": point["members"], "loss": point["loss"]}
-        for name, one in results["ensembles"].items()
-        for point in one["curves"]["logit mean"]
-    ]
-    sizes, amounts = [], []
-    for name, cell in results["cells"].items():
-        at = {
-            "n": cell["parameters"] / 1e9,
-            "loss": results["runs"][results["regularized"][name]["point"]["run"]]["loss"],
-        }
-        sizes.append({"recipe": f"regularized, {cell['tokens']} tokens", **at})
-        amounts.append({"recipe": "regularized", "d": cell["tokens"] / 1e9, **at})
-    best: dict[int, float] = {}
-    for name, standard in results["standard"].items():
-        tokens, loss = results["cells"][name]["tokens"], results["runs"][standard["point"]["run"]]["loss"]
-        best[tokens] = min(loss, best.get(tokens, loss))
-    amounts += [{"recipe": "standard", "d": tokens / 1e9, "loss": loss} for tokens, loss in best.items()]
-    for one in results["ensembles"].values():
-        cell = results["cells"][one["cell"]]
-        at = {"n": cell["parameters"] / 1e9, "d": cell["tokens"] / 1e9}
-        points = one["curves"]["logit mean"]
-        amounts += [{"recipe": f"joint, {one['kind']}", "k": p["members"], "loss": p["loss"], **at} for p in points]
     noise = work.recipe.regularized.noise
-    wanted = {"members": (curves, "k", []), "sizes": (sizes, "n", []), "data": (amounts, "d", ["--baseline=standard"])}
-    found = {}
-    for name, (points, axis, more) in wanted.items():
-        values = {}
+    found: dict[str, Any] = {}
+    for name, axis, points in points_of(results):
+        values: dict[str, set[float]] = {}
         for point in points:
             values.setdefault(point["recipe"], set()).add(point[axis])
         enough = {recipe for recipe, some in values.items() if len(some) >= LEAST_POINTS}
-        if not enough or (more and "standard" not in enough):
+        if not enough or (axis == "d" and "standard" not in enough):
             found[name] = {"why not": f"a law over {axis} takes {LEAST_POINTS} values or more"}
             continue
         path = work.folder / f"points-{name}.csv"
         save(path, [point for point in points if point["recipe"] in enough])
-        words = ["laws", "fit", str(path), "--json", *more, *([f"--noise={noise}"] if noise else [])]
+        words = ["laws", "fit", str(path), "--json", *([f"--noise={noise}"] if noise else [])]
+        words += ["--baseline=standard"] if axis == "d" else []
         facts = {"table": sha256_file(path), "noise": noise}
-        found[name] = measure.kept(f"laws-{name}", facts, lambda words=words: last_json(measure.command(*words)))
+        found[name] = measure.kept(f"laws-{name}", facts, partial(measure.answer, *words))
     return found
+
+
+def points_of(results: dict[str, Any]) -> Iterable[tuple[str, str, list[dict[str, Any]]]]:
+    """The tables of the laws: (name, axis, points), over members, sizes, and amounts of text."""
+    runs, cells, ensembles = results["runs"], results["cells"], results["ensembles"]
+    yield (
+        "members",
+        "k",
+        [
+            {"recipe": name, "k": point["members"], "loss": point["loss"]}
+            for name, one in ensembles.items()
+            for point in one["curves"]["logit mean"]
+        ],
+    )
+    single = [
+        {"n": cell["parameters"] / 1e9, "d": cell["tokens"] / 1e9, "loss": runs[results["regularized"][name]["point"]["run"]]["loss"]}
+        for name, cell in cells.items()
+    ]  # fmt: skip
+    yield (
+        "sizes",
+        "n",
+        [
+            {"recipe": f"regularized, {round(one['d'] * 1e9)} tokens", "n": one["n"], "loss": one["loss"]}
+            for one in single
+        ],
+    )
+    best: dict[int, float] = {}
+    for name, standard in results["standard"].items():
+        tokens, loss = cells[name]["tokens"], runs[standard["point"]["run"]]["loss"]
+        best[tokens] = min(loss, best.get(tokens, loss))
+    joint = [
+        {"recipe": f"joint, {one['kind']}", "k": point["members"], "loss": point["loss"],
+         "n": cells[one["cell"]]["parameters"] / 1e9, "d": cells[one["cell"]]["tokens"] / 1e9}
+        for one in ensembles.values()
+        for point in one["curves"]["logit mean"]
+    ]  # fmt: skip
+    yield "data", "d", [
+        *({"recipe": "standard", "d": tokens / 1e9, "loss": loss} for tokens, loss in best.items()),
+        *({"recipe": "regularized", **one} for one in single), *joint,
+    ]  # fmt: skip
 
 
 def save(path: Path, points: list[dict[str, Any]]) -> None:

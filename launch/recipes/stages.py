@@ -138,7 +138,9 @@ def search(work: Work, what: Search) -> Certificate:
     Raises:
         Stopped: runs failed, or no cell has a loss.
     """
-    if what.most_runs is not None:  # counted over all calls of the same recipe; a run under way counts when it is found again
+    if (
+        what.most_runs is not None
+    ):  # counted over all calls of the same recipe; a run under way counts when it is found again
         there = [standing.read(folder).state for folder in work.runs.glob(f"{what.config.name}-e*-lr*")]
         ended = sum(state in (tuning.FINISHED, *tuning.LOST) for state in there)
         what = replace(what, most_runs=max(what.most_runs - ended, 0))

@@ -6,13 +6,16 @@ import json
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
 from launch import process
 from launch.verbs.options import Cluster, On
 from trainer.outcome import Outcome, RunError
+
+if TYPE_CHECKING:
+    from launch.recipes.stages import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ class Run:
         return finish(work)
 
 
-def finish(work: stages.Work) -> int:  # type: ignore[name-defined]  # noqa: F821
+def finish(work: Work) -> int:
     """Results, figures and the page."""
     from launch.recipes import page, results
 
