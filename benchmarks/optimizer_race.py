@@ -179,14 +179,14 @@ def tokens_to(loss: float, ends: dict[int, float]) -> str:
     return f"{math.exp(below[1] + share * (above[1] - below[1])) / 1000:.0f}k"
 
 
-def race(results: Results) -> str:
+def race(results: Results, rules: list[str]) -> str:
     """Everything, in order of what others stand on; the table of what there is."""
     first = results.tuned("adamw", None)
     aux = min(first, key=first.__getitem__)
     tuned: dict[str, dict[float, float]] = {}
     best: dict[str, float] = {}
     ends: dict[str, list[float]] = {}
-    for rule in GRIDS:
+    for rule in rules:
         tuned[rule] = results.tuned(rule, None if rule == "adamw" else aux)
         if not tuned[rule]:
             continue
@@ -195,7 +195,7 @@ def race(results: Results) -> str:
         ends[rule] = [tuned[rule][lr], *(loss for loss in others if loss is not None)]
     spreads = [statistics.variance(losses) for losses in ends.values() if len(losses) > 1]
     sigma = math.sqrt(statistics.mean(spreads)) if spreads else math.nan
-    base, rows = ends["adamw"], []
+    base, rows = ends.get("adamw", [first[aux]]), []
     for rule, lr in best.items():
         shorter = {int(share * STEPS): results.loss(rule, lr, aux, int(share * STEPS)) for share in SHARES}
         by_steps = {steps: loss for steps, loss in shorter.items() if loss is not None} | {STEPS: tuned[rule][lr]}
@@ -206,7 +206,7 @@ def race(results: Results) -> str:
             f" ({min(ends[rule]):.4f} to {max(ends[rule]):.4f})" if len(ends[rule]) > 1 else ""
         )
         z = "" if rule == "adamw" else f"{gain:+.4f}, z = {gain / error:+.1f}"
-        rows.append([rule, f"{lr:g}", shown, z, tokens_to(tuned["adamw"][aux], by_steps), tried])
+        rows.append([rule, f"{lr:g}", shown, z, tokens_to(first[aux], by_steps), tried])
     rows.sort(key=lambda row: float(row[2].split()[0]))
     head = ["rule", "rate", "loss", "lower than AdamW by", "tokens to AdamW's loss", "rates tried: loss of seed 0"]
     count = sum(losses is not None for losses in (line["loss"] for line in results.lines))
@@ -222,10 +222,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("results", type=Path, help="file of the runs, one JSON line each")
     parser.add_argument("--table", action="store_true", help="run nothing; write the table into docs/optimizers.md")
+    parser.add_argument(
+        "--rules", nargs="+", choices=GRIDS, default=list(GRIDS), help="these only; processes may share the file"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    table = race(Results(arguments.results, not arguments.table))
+    table = race(Results(arguments.results, not arguments.table), arguments.rules)
     if arguments.table:
         page.PAGE.write_text(page.written(page.PAGE.read_text(), "race", table))
     else:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.dist import bodies_distill, bodies_run
 from tests.dist.group import RankFailed
+from tests.dist.strategies import ABSENT
 from tests.dist.test_cli import finished
 from trainer.checkpoint import manifest as manifests
 from trainer.ensemble import manifest
@@ -76,6 +77,13 @@ def test_a_student_learns_alike_on_1_2_3_ranks_and_under_every_strategy(group, t
     for world, parallel, chunk in ((3, "fsdp2", "null"), (2, "ddp", "3"), (1, "single", "null")):
         extra = (f"--parallel={{name: {parallel}}}", f"--train.loss_chunk={chunk}")
         close(student(group, tiny, f"live-{world}-{parallel}", world, *PAIR, *extra), live)
+
+
+@pytest.mark.skipif(ABSENT, reason="deepspeed is not installed")
+def test_a_student_under_zero_learns_as_under_fsdp2(group, tiny, runs) -> None:
+    adamw = "--optim={name: adamw, lr: 0.01}"
+    one = student(group, tiny, "adamw-fsdp2", 2, *PAIR, adamw)
+    close(student(group, tiny, "adamw-zero", 2, *PAIR, adamw, "--parallel={name: deepspeed, stage: 2}"), one, 1e-4)
 
 
 def test_the_teacher_is_in_no_checkpoint_and_its_shards_are_freed(group, tiny, runs, live) -> None:
