@@ -51,6 +51,11 @@ STRATEGIES = alternatives("trainer.parallel")
             "train.activation_checkpointing",
         ),
         (["--parallel.spread_replicas=true"], "parallel.replicate is 1", "parallel.spread_replicas"),
+        (
+            ["--parallel={name: fsdp2, replicate: 2, spread_replicas: true}", "--optim={name: auon}"],
+            "divides work on whole matrices among replicas, and auon has none",
+            "parallel.spread_replicas",
+        ),
         (["--parallel={name: deepspeed, stage: 4}", "--optim={name: adamw}"], "stage", "parallel"),
         (["--parallel.replicate=0"], "parallel.replicate", "parallel.replicate"),
     ],
