@@ -54,7 +54,7 @@ STRATEGIES = alternatives("trainer.parallel")
         (
             ["--parallel={name: fsdp2, replicate: 2, spread_replicas: true}", "--optim={name: auon}"],
             "divides work on whole matrices among replicas, and auon has none",
-            "parallel.spread_replicas",
+            "parallel",
         ),
         (["--parallel={name: deepspeed, stage: 4}", "--optim={name: adamw}"], "stage", "parallel"),
         (["--parallel.replicate=0"], "parallel.replicate", "parallel.replicate"),
