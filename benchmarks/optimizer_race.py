@@ -5,7 +5,7 @@ A Llama of half a million parameters on the source text of Python's library, les
 1. Rates, seed 0: a grid of four by factors of two, and further ones while the best is at an end. That of AdamW first: its
    best is also the rate of embeddings, head and norms under all other rules.
 2. Seeds 1 and 2 at the best rate, for the rules in `SEEDED`.
-3. Whole runs of half and three quarters of the steps, each with its own decay: how many tokens a rule needs to end
+3. Whole runs of half of the steps, with a decay of their own: how many tokens a rule needs to end
    where AdamW ends is read off between them (linear in the logarithm of the tokens).
 
 Every run is a line of the file RESULTS; the same command goes on, `--table` writes what is there into docs/optimizers.md.
@@ -63,7 +63,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
 SEEDED = ("adamw", "muon", "normuon", "root")
 SEEDS = 3
 MOST_RATES = 6
-SHARES = (0.5, 0.75)
+SHARES = (0.5,)
 
 
 def settings(rule: str, lr: float, aux: float, steps: int, seed: int) -> Any:
