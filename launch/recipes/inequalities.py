@@ -100,7 +100,9 @@ def judge(results: dict[str, Any]) -> list[Judged]:
         losses = [results["runs"][results["regularized"][name]["point"]["run"]]["loss"] for name, _ in cells]
         return float(min(before - after for before, after in pairwise(losses)))
 
-    most = max(facts.curve(TUNED), default=1)
+    def most() -> int:
+        return max(facts.curve(TUNED))
+
     claims: list[tuple[str, str, bool, float, Callable[[], float]]] = [
         ("1", "regularized is below the best standard run", True, 0.10, lambda: facts.best("standard")["loss"] - facts.single()),
         ("2", "standard: more epochs raise the loss and lower the training loss (the smaller change)", True, 0.10, over_epochs),
@@ -109,11 +111,11 @@ def judge(results: dict[str, Any]) -> list[Judged]:
         ("4b", "two members of half decay are below the mean of one", True, 0.10, lambda: facts.curve(HALF)[1] - facts.curve(HALF)[2]),
         ("4c", "the loss falls with every member", True, 0.0, lambda: min(falling(TUNED), falling(HALF))),
         ("5", "an ensemble is below the best single model of as many parameters", True, 0.0,
-         lambda: min(others(most)) - min(facts.curve(TUNED)[most], facts.curve(HALF)[most])),
+         lambda: min(others(most())) - min(facts.curve(TUNED)[most()], facts.curve(HALF)[most()])),
         ("5'", "three members are below the best single model of any size", True, 0.0,
          lambda: min(others(0)) - min(facts.curve(TUNED)[3], facts.curve(HALF)[3])),
         ("5b", "half decay: worse alone, better together", True, 0.0,
-         lambda: min(facts.curve(HALF)[1] - facts.curve(TUNED)[1], facts.curve(TUNED)[most] - facts.curve(HALF)[most])),
+         lambda: min(facts.curve(HALF)[1] - facts.curve(TUNED)[1], facts.curve(TUNED)[most()] - facts.curve(HALF)[most()])),
         ("6a", "the logit student keeps this share of the ensemble's gain", True, 0.50, lambda: facts.retained("logits", HALF)),
         ("6b", "the student of pooled text keeps this share", True, 0.25, lambda: facts.retained("text", HALF)),
         ("7a", "both students are below the best single model", True, 0.0,
@@ -129,7 +131,13 @@ def judge(results: dict[str, Any]) -> list[Judged]:
     for number, claim, hard, least, value in claims:
         try:
             judged.append(Judged(number, claim, hard, value(), least))
-        except (KeyError, ValueError, statistics.StatisticsError):  # what it is about was not run
+        except (
+            KeyError,
+            ValueError,
+            StopIteration,
+            ZeroDivisionError,
+            statistics.StatisticsError,
+        ):  # what it is about was not run
             judged.append(Judged(number, claim, hard, None, least))
     return judged
 

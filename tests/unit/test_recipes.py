@@ -188,6 +188,13 @@ def test_the_pilot_keeps_the_registered_inequalities(results) -> None:
         assert name in text
 
 
+def test_what_was_not_run_is_told_as_that(results) -> None:
+    results["ensembles"], results["students"], results["laws"]["members"] = {}, {}, {"why not": "there is none"}
+    judged = {one.number: one.held for one in inequalities.judge(results)}
+    assert {number for number, held in judged.items() if held is not None} == {"2", "3", "9"}
+    assert "None." in page.page(results, True)
+
+
 @pytest.mark.parametrize(("number", "harm"), [
     ("1", lambda r: r["runs"]["std-8"].update(loss=3.45)),
     ("2", lambda r: r["runs"]["std-16"].update(train_loss=3.0)),
