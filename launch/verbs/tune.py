@@ -23,7 +23,7 @@ Values = tuple[float, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Tune:
-    """Search epochs, learning rate and weight decay for the lowest validation loss, and certify the optimum.
+    """Search epochs, rate and weight decay for the lowest validation loss; certify the optimum.
 
     Coordinate descent: the cross of a point is run side by side, the best neighbour is the next point, and the lattice grows
     where the optimum lies on its edge. Every cell is a whole run, NAME-e16-lr0.003-wd1.6, and counts by its final validation

@@ -229,8 +229,10 @@ def test_schema_file_is_current() -> None:
     assert (ROOT / "docs/config.md").read_text() == reference.markdown(), "run `make schema`"
 
 
-# The shapes in configs/models are no runs: test_model_configs.py uses them below one. Nor are clusters: test_slurm_files.py.
+# The shapes in configs/models are no runs: test_model_configs.py uses them below one. Nor are clusters: test_slurm_files.py; nor
+# recipes: test_recipes.py, beside whose files lie the runs that they are made of.
 RUNS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name not in ("models", "clusters")]
+RUNS = [path for path in RUNS if path.parent.name != "recipes" or path.stem.endswith("-run")]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.name)
