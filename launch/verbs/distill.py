@@ -64,7 +64,7 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Logits:
-    """Train a student against a teacher's distributions: (1 - alpha) CE + alpha T^2 KL(teacher || student).
+    """Train a student against a teacher: (1 - alpha) CE + alpha T^2 KL(teacher || student).
 
     The teacher, an ensemble or a run, answers live, from a cache (--cache), or from one that is made first (--form). The run goes
     through a backend as in submit; the same command goes on after an interruption. Options of the backend stand beside;
