@@ -96,7 +96,7 @@ def test_the_teacher_is_in_no_checkpoint_and_its_shards_are_freed(group, tiny, r
 
 
 def test_alpha_0_is_the_plain_run_to_the_bit(group, tiny, runs) -> None:
-    plain = student(group, tiny, "plain", 2)
+    plain = student(group, tiny, "undistilled", 2)
     none = student(group, tiny, "none", 2, *PAIR, "--distill.alpha=0")
     assert (none["tensors"], none["history"], none["asked"]) == (plain["tensors"], plain["history"], 0)
     some = student(group, tiny, "some", 2, *PAIR, "--distill.alpha=0.01")  # negative control

@@ -186,17 +186,17 @@ def test_students_take_the_teachers_text_and_tokenizer(runs, tiny, tmp_path) -> 
 
 
 def test_a_student_is_trained_by_one_command_and_validated_on_real_text(tiny, runs, group) -> None:
-    words = ("distill", "text", tiny.yaml, "--teacher=voices", "--share=3/4", "--tokens=1k", "--mode=joint", "--batch=8", "--name=pupil")  # fmt: skip
+    words = ("distill", "text", tiny.yaml, "--teacher=voices", "--share=3/4", "--tokens=1k", "--mode=joint", "--batch=8", "--name=reader")  # fmt: skip
     rest = ("--train.length=1 epochs", "--evaluate.prompts=[]", "--finish.export=false", "--resources.ranks=1")
     code, text = finished(*words, *rest)
     assert code == 0, text
-    assert "pupil: finished (1 of 1)" in text
+    assert "reader: finished (1 of 1)" in text
     code, again = finished(*words, *rest)
     assert code == 0, again
     assert "is there already, with these settings" in again
-    assert "pupil: done before" in again
-    config = runfolder.open_run(runs / "pupil")
-    events = runfolder.events(runs / "pupil")
+    assert "reader: done before" in again
+    config = runfolder.open_run(runs / "reader")
+    events = runfolder.events(runs / "reader")
     tables = next(event["tables"] for event in events if event["event"] == "data")
     teachers = next(event["tables"] for event in runfolder.events(runs / "tiny") if event["event"] == "data")["data"]
     opened = open_data({name: Path(one["table"]) for name, one in tables.items()}, config.data)
@@ -204,17 +204,17 @@ def test_a_student_is_trained_by_one_command_and_validated_on_real_text(tiny, ru
     assert real["splits"] == json.loads((Path(teachers["table"]) / "table.json").read_text())["splits"]
     assert (list(opened.validation), opened.measured, opened.synthetic) == (["real"], {"real": 1}, ["synthetic"])
     assert opened.unigram_bits_per_byte == real["unigram_bits_per_byte"]
-    history = [json.loads(line) for line in (runs / "pupil/metrics.jsonl").read_text().splitlines()]
+    history = [json.loads(line) for line in (runs / "reader/metrics.jsonl").read_text().splitlines()]
     last = [record for record in history if "loss" in record][-1]
     sequences = real["splits"]["train"]["sequences"]
     assert last["epochs"]["real"] == 1
     assert last["epochs"]["synthetic"] == pytest.approx(3 * sequences / 63, abs=3 / 63)
-    assert f"synthetic pool passes: {last['epochs']['synthetic']:.2f}" in (runs / "pupil/logs/launcher.log").read_text()
+    assert f"synthetic pool passes: {last['epochs']['synthetic']:.2f}" in (runs / "reader/logs/launcher.log").read_text()
     assert any(event["event"] == "synthetic pool repeated" for event in events)
     validation = [record for record in history if "validation_loss" in record][-1]
     assert validation["validation_tokens"] == real["splits"]["validation"]["tokens"]
     assert "validation_sources" not in validation
-    plain = group(1, bodies_tools.evaluate, str(runs / "pupil"), [], [])[0]["validation"]
+    plain = group(1, bodies_tools.evaluate, str(runs / "reader"), [], [])[0]["validation"]
     assert plain["loss"] == pytest.approx(validation["validation_loss"], abs=1e-6)
     alone = replace(config.data, mixture={"synthetic": replace(config.data.mixture["synthetic"], weight=1.0)})
     with pytest.raises(RunError, match="no source has validation text"):
