@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from launch.distilling import share_of
 from launch.recipes.file import Members, Recipe, Size, Student
 from launch.tuning import Search
 from launch.tuning_cells import Space
@@ -113,7 +113,7 @@ def seeded(config: RunConfig, name: str, more: int) -> RunConfig:
 
 def stream(of: Student) -> float:
     """How many times longer a student's stream is than its passes over the real text."""
-    return 1.0 if of.kind == "logits" else float(1 / (1 - Fraction(of.share.replace(" ", ""))))
+    return 1.0 if of.kind == "logits" else float(1 / (1 - share_of(of.share)))
 
 
 def _space(recipe: Recipe, epochs: list[float], lr: list[float], decay: list[float]) -> Space:

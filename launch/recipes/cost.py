@@ -1,7 +1,8 @@
-"""What a recipe costs, before anything runs: runs, tokens and 6 N FLOPs per token, stage by stage."""
+"""What a recipe costs, before anything runs: runs, tokens and FLOPs, as `orthogon plan` counts them, stage by stage."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def preview(
     epochs, lr, decay = recipe.regularized.start
     for cell in made.cells(recipe, config):
         record = shapes(cell.config)
-        size = record["flops_per_token"], sum(_entries(p["shape"]) for p in record["parameters"])
+        size = record["flops_per_token"], parameters(record)
         optimum = known.get(cell.name) or {"epochs": epochs, "lr": lr, "weight_decay": decay}
 
         def cost(stage: str, runs: int, passes: float, cell: made.Cell = cell, size: Any = size) -> Cost:
@@ -76,8 +77,6 @@ def table(costs: list[Cost]) -> list[str]:
     return lines
 
 
-def _entries(shape: list[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
+def parameters(record: dict[str, Any]) -> int:
+    """Parameters of a model, embeddings among them, from its footprint."""
+    return sum(math.prod(parameter["shape"]) for parameter in record["parameters"])

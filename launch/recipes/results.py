@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch import evidence
 from launch.recipes import cells as made
+from launch.recipes.cost import parameters
 from launch.recipes.measure import Measure
 from launch.recipes.stages import Work
 from launch.shapes import shapes
@@ -52,7 +53,7 @@ def collect(work: Work) -> dict[str, Any]:
         "split": split,
         "first": made.cells(work.recipe, work.config)[0].name,
         "cells": {
-            cell.name: {"size": cell.size, "tokens": cell.tokens, "parameters": parameters(cell.config)}
+            cell.name: {"size": cell.size, "tokens": cell.tokens, "parameters": parameters(shapes(cell.config))}
             for cell in made.cells(work.recipe, work.config)
         },
         "runs": rows,
@@ -110,17 +111,6 @@ def summary(certificate: Certificate, most: int | None) -> dict[str, Any]:
     keys = ("certified", "point", "neighbours", "missing", "noise", "moves")
     stopped = f"it ends at most_runs = {most}" if certificate.stopped else ""
     return {key: getattr(certificate, key) for key in keys} | {"stopped": stopped}
-
-
-def parameters(config: RunConfig) -> int:
-    """Parameters of a run's model, embeddings among them."""
-    total = 0
-    for parameter in shapes(config)["parameters"]:
-        entries = 1
-        for side in parameter["shape"]:
-            entries *= side
-        total += entries
-    return total
 
 
 def laws(work: Work, results: dict[str, Any], measure: Measure) -> dict[str, Any]:
