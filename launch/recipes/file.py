@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, TypeAdapter
 
+from launch.distilling import share_of
 from trainer import config as configuration
 from trainer.config import RunConfig
 from trainer.outcome import RunError
@@ -193,6 +194,12 @@ def _check(recipe: Recipe, source: Source) -> None:
     _known("student_size", size_of_students(recipe), list(recipe.sizes), source)
     for name, student in recipe.students.items():
         _known(f"students.{name}.teacher", student.teacher, list(recipe.members), source)
+        if student.kind != "logits":
+            try:
+                share_of(student.share)
+            except RunError as error:
+                where = source.where(f"students.{name}.share")
+                raise RunError(error.what.replace("--share", "share"), where=where, mend=error.mend) from None
         sizes = recipe.members[student.teacher].sizes
         if sizes is not None and size_of_students(recipe) not in sizes:
             raise RunError(

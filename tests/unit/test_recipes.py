@@ -61,6 +61,7 @@ def test_overrides_change_the_run_that_all_are_made_of() -> None:
     ("start: [16, 0.003, 3.2]", "start: [16, 0.002, 3.2]", "lr 0.002, which is none of regularized.lr"),
     ("teacher: half, kind: text", "teacher: halves, kind: text", "there is no 'halves'"),
     ("sizes: [base]}", "sizes: [bose]}", "there is no 'bose'"),
+    ("share: 3/4", "share: 1/1", "share is 1/1: the synthetic share of the stream is above 0 and below 1"),
     ("count: 4, sizes", "count: 1, sizes", "members.tuned.count"),
     ("inequalities: true", "student_size: small", "which size small does not have"),
     ("  base: {}", "  base: {search: decay}", "there is no optimum before it"),
