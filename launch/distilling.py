@@ -152,6 +152,23 @@ def student_of_text(config: RunConfig, table: Path, share: Fraction) -> RunConfi
     return configuration.parse({**raw, "data": {**rest, "mixture": mixture, "tokenizer": tokenizer}, "train": train})
 
 
+def without_real_text(student: RunConfig, drawn: int, share: Fraction) -> RunConfig:
+    """The student of `student_of_text` on synthetic text alone, in as many steps: the control of what real text is worth.
+
+    Real text keeps its place in validation, with the weight 0.
+
+    Args:
+        drawn: synthetic tokens that the student of the mixture draws (`needed_tokens`).
+    """
+    from trainer import config as configuration
+
+    raw = configuration.resolved(student)
+    for name, source in raw["data"]["mixture"].items():
+        source.update({"weight": "1"} if name == SYNTHETIC else {"weight": "0", "subset_tokens": None})
+    raw["train"]["length"] = f"{math.ceil(drawn / share)} tokens"
+    return configuration.parse(raw)
+
+
 def _length(config: RunConfig, share: Fraction) -> str:
     """The student's length: passes stay passes over the real text, all else becomes longer by 1 / (1 - share)."""
     number, unit = split_length(config.train.length)

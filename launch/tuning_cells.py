@@ -151,6 +151,8 @@ def sequences_known(config: RunConfig) -> dict[str, int] | None:
     """Sequences of each source where they are known before any data is prepared: from subsets and given tables."""
     found = {}
     for name, source in sources_of(config.data).items():
+        if not weights_of(config.data)[name]:
+            continue  # only validated on
         if source.subset_tokens is not None:
             found[name] = source.subset_tokens // config.data.sequence_length
         elif source.table is not None and (facts := record(Path(source.table) / "table.json")) is not None:

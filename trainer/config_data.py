@@ -83,7 +83,7 @@ class MixtureSource(SourceConfig):
     """One source of a mixture."""
 
     weight: Share
-    """Share of the run's sequences, such as `0.3` or `1/3`; the weights of a mixture sum to 1."""
+    """Share of the run's sequences, such as `0.3` or `1/3`; the weights of a mixture sum to 1. At 0 the source is validated on only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,14 +192,21 @@ def check_data(data: DataConfig, length: str, source: Source) -> None:
                     raise RunError(error.what, where=source.where(f"{section}.{key}"), mend=error.mend) from None
     if data.mixture:
         _check_mixture(data, source)
+    for name, weight in weights_of(data).items():
+        if weight == 0 and data.mixture[name].subset_tokens is not None:
+            raise RunError(
+                f"data.mixture.{name}.subset_tokens does nothing at weight 0: no sequence of {name} is trained on",
+                where=source.where(f"data.mixture.{name}"),
+                mend="leave it out, or give the source a weight",
+            )
     unit = split_length(length)[1]
     if unit.startswith("epochs"):
         of = unit.removeprefix("epochs").removeprefix(" of ") or None
-        if data.mixture and of not in data.mixture:
+        if data.mixture and not weights_of(data).get(of or "", 0):
             raise RunError(
                 f"train.length is '{length}', and the sources of a mixture end at different steps",
                 where=source.where("train.length"),
-                mend=f"give steps or tokens, or say of which source, such as '{length.split()[0]} epochs of {next(iter(data.mixture))}'",
+                mend=f"give steps or tokens, or say of which source, such as '{length.split()[0]} epochs of {next(name for name in data.mixture if weights_of(data)[name])}'",
             )
         if not data.mixture and of is not None:
             raise RunError(

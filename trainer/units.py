@@ -87,15 +87,15 @@ def _interval(value: Any) -> Any:
 
 
 def parse_share(value: Any) -> Any:
-    """A share above 0 and up to 1 as a number (`0.3`) or as a fraction (`1/3`); both are taken exactly."""
+    """A share from 0 to 1 as a number (`0.3`) or as a fraction (`1/3`); both are taken exactly."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"'{value}' is no share; write 0.3 or 1/3")
     try:
         share = Fraction(str(value))
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"'{value}' is no share; write 0.3 or 1/3") from None
-    if not 0 < share <= 1:
-        raise ValueError(f"'{value}': a share is above 0 and at most 1")
+    if not 0 <= share <= 1:
+        raise ValueError(f"'{value}': a share is from 0 to 1")
     return value.strip() if isinstance(value, str) else float(value)
 
 
@@ -105,7 +105,7 @@ _COUNT_SCHEMA = {
 _TEXT_SCHEMA = {"type": "string"}
 _SHARE_SCHEMA = {
     "anyOf": [
-        {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        {"type": "number", "minimum": 0, "maximum": 1},
         {"type": "string", "pattern": r"^\d+\s*/\s*\d+$"},
     ]
 }

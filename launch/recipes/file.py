@@ -87,16 +87,17 @@ class Student:
     __pydantic_config__ = STRICT
     teacher: str
     """The name of the ensemble in `members`."""
-    kind: Literal["text", "self", "logits"]
-    """`text`: synthetic text of the pool of members; `self`: of its first member alone; `logits`: its distributions."""
+    kind: Literal["text", "self", "synthetic", "logits"]
+    """`text`: real text and synthetic text of the pool of members; `self`: and of its first member alone; `synthetic`: the pool's
+    text alone, in as many steps as `text` takes; `logits`: distributions of the ensemble."""
     epochs: Above | None = None
     """Passes over the real text; none takes those of the optimum."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """None takes that of the optimum."""
     share: str = "3/4"
-    """Of text and self: the synthetic share of the stream."""
+    """Of text and self: the synthetic share of the stream; of synthetic: that of the stream whose steps it takes."""
     tokens: Annotated[Count, Field(gt=0)] | None = None
-    """Of text and self: size of the synthetic pool; none: as many as are drawn."""
+    """Of all but logits: size of the synthetic pool; none: as many as are drawn."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Of logits: weight of the teacher."""
     form: Literal["hidden", "top-k", "sampled"] = "hidden"

@@ -6,9 +6,9 @@ through a backend; sampling, caches, evaluations and laws are computed on this m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +178,7 @@ def taught(work: Work, cell: made.Cell, name: str, one: Student) -> list[RunConf
     if one.kind == "logits":
         configs = with_cache(work, ensemble, one, configs)
     else:
-        teacher = ensemble if one.kind == "text" else work.ensembles[ensemble]["members"][0]
+        teacher = work.ensembles[ensemble]["members"][0] if one.kind == "self" else ensemble
         configs = [with_text(work, teacher, one, config) for config in configs]
     for seed, config in enumerate(configs):
         work.students[config.name] = {"student": name, "cell": cell.name, "seed": seed, "teacher": ensemble}
@@ -186,17 +186,20 @@ def taught(work: Work, cell: made.Cell, name: str, one: Student) -> list[RunConf
 
 
 def with_text(work: Work, teacher: str, one: Student, config: RunConfig) -> RunConfig:
-    """The student with its mixture of real and synthetic text, which is sampled if it is not there."""
+    """The student with its synthetic text, which is sampled if it is not there."""
     share, ensemble = distilling.share_of(one.share), texts.teacher_of(work.runs, teacher)
     distilling.check_teacher(config, ensemble, work.runs)
-    tokens = one.tokens or distilling.needed_tokens(config, ensemble, work.runs, Fraction(share))
+    drawn = distilling.needed_tokens(config, ensemble, work.runs, share)
+    alone = one.kind == "synthetic"
+    tokens = one.tokens or (math.ceil(drawn / share) if alone else drawn)
     recipe = texts.recipe(
         work.runs, ensemble, "pool", tokens=tokens, batch=128, seed=0, temperature=1.0, top_k=None, top_p=1.0
     )
     table = distilling.table_of(work.runs, recipe)
     work.say(f"synthetic text of {teacher}: {table}")
     distilling.sampled(table, recipe, work.runs, [])
-    return distilling.student_of_text(config, table, share)
+    student = distilling.student_of_text(config, table, share)
+    return distilling.without_real_text(student, drawn, share) if alone else student
 
 
 def with_cache(work: Work, teacher: str, one: Student, configs: list[RunConfig]) -> list[RunConfig]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json as json_format
+import math
 import signal
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -90,6 +92,8 @@ class Text:
     """An ensemble, or a run."""
     share: str
     """Synthetic share of the stream, above 0 and below 1, such as `0.75` or `9/10`."""
+    alone: bool = False
+    """Train on the synthetic text alone, in as many steps as the mixture would take: a control. Real text is validated on."""
     tokens: str | None = None
     """Tokens of the synthetic pool; by default as many as the student draws, so that none is repeated."""
     mode: Mode = "pool"
@@ -128,6 +132,9 @@ class Text:
         )  # fmt: skip
         table = distilling.table_of(runs, made)
         student = distilling.student_of_text(config, table, share)
+        if self.alone:
+            student = distilling.without_real_text(student, needed, share)
+            needed, share = math.ceil(needed / share), Fraction(1)
         print(
             f"student {student.name}: {student.train.length}, synthetic share {share}; synthetic pool of {made.tokens:,} tokens, "
             f"{needed:,} drawn; synthetic pool passes: {needed / made.tokens:.2f}"

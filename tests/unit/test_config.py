@@ -125,7 +125,7 @@ MIXTURE = MINIMAL.replace(
     ("overrides", "what", "where", "mend"),
     [
         (["web.weight=0.6"], "sum to 0.933333333333", "run.yaml:5 (data.mixture)", "code 1/3, web 0.6"),
-        (["web.weight=0"], "above 0 and at most 1", "--data.mixture.web.weight", "correct"),
+        (["web.weight=1.5"], "a share is from 0 to 1", "--data.mixture.web.weight", "correct"),
         (["web.weight=much"], "'much' is no share", "--data.mixture.web.weight", "correct"),
         (["web.weght=0.6"], "unknown key data.mixture.web.weght", "--data.mixture.web.weght", "did you mean weight?"),
         (["more.path=x"], "data.mixture.more.weight is missing", "run.yaml:5", "add"),
@@ -174,21 +174,22 @@ def test_a_duplicate_key_and_broken_yaml_name_their_line(tmp_path: Path) -> None
         configuration.load(write(tmp_path, "name: [1\n"))
 
 
-def test_typo_exits_78_within_a_second_and_without_torch(tmp_path: Path) -> None:
+def test_typo_exits_78_in_a_moment_and_without_torch(tmp_path: Path) -> None:
+    """Within a second on the machines that it was made on: 8 times what Python and the two libraries take to start anywhere."""
     path = write(tmp_path, MINIMAL.replace("tokens_per_step", "tokens_per_stp"))
     code = "import sys; sys.argv = ['orthogon', 'run', sys.argv[1]]\nfrom launch.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-    seconds = []
+    ours, bare = [], []
     for _ in range(3):  # the least of three: other work on the machine only ever adds
-        started = time.monotonic()
-        answer = subprocess.run(
-            [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        seconds.append(time.monotonic() - started)
+        for seconds, line in ((ours, [code, str(path)]), (bare, ["import pydantic, tyro"])):
+            started = time.monotonic()
+            run = subprocess.run([sys.executable, "-c", *line], cwd=ROOT, capture_output=True, text=True, check=False)
+            seconds.append(time.monotonic() - started)
+            answer = run if seconds is ours else answer
     assert answer.returncode == 78
     assert "did you mean tokens_per_step?" in answer.stderr
     assert f"{path}:9" in answer.stderr
     assert answer.stdout.strip() == "False"
-    assert min(seconds) < 1.0
+    assert min(ours) < 8 * min(bare)
 
 
 def test_base_lies_below_the_file_and_the_command_line_above(tmp_path: Path) -> None:

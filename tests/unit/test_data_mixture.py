@@ -15,13 +15,15 @@ from tests.unit.test_data_order import FakeSplit
 from tests.unit.test_data_prepare import WORDS, corpus, quiet
 from trainer.__main__ import main
 from trainer.config import DataConfig, TokenizerConfig
-from trainer.config_data import MixtureSource, weights_of
+from trainer.config_data import MixtureSource, check_data, weights_of
 from trainer.data import open_data, prepare
 from trainer.data.batches import Batches
 from trainer.data.mixture import Schedule
 from trainer.data.order import permute
+from trainer.data.sources import summary
 from trainer.data.stream import Part, Stream, Subset
 from trainer.outcome import RunError
+from trainer.yaml_source import Source
 
 
 @st.composite
@@ -244,6 +246,29 @@ def test_the_baseline_of_a_mixture_is_mixed_as_its_tokens_are(tmp_path) -> None:
         bits += weight * facts["unigram_bits_per_byte"] * held["bytes"] / held["tokens"]
         bytes_ += weight * held["bytes"] / held["tokens"]
     assert data.unigram_bits_per_byte == pytest.approx(bits / bytes_, rel=1e-12)
+
+
+def test_a_source_of_weight_0_is_validated_on_and_never_trained_on(tmp_path) -> None:
+    settings = mixture(tmp_path)
+    sources = {name: replace(one, weight=w) for (name, one), w in zip(settings.mixture.items(), (0, 1), strict=True)}
+    folders = prepare(settings, quiet)
+    only = replace(settings, mixture=sources)
+    data = open_data(folders, only)
+    alone = Stream({"b": Part(data.tables["b"].train, Fraction(1))}, settings.order_seed)
+    assert data.train.rows(np.arange(200))[0].tolist() == alone.rows(np.arange(200))[0].tolist()
+    assert data.train.epochs(200).keys() == {"b"}
+    assert (list(data.validation), data.measured) == (["a", "b"], {"a": 0, "b": 1})
+    assert summary(data)[0][1].startswith("validated on only; 0 sequences of 16 tokens")
+    # Where nothing that is trained on has validation text, all that is measured counts alike.
+    assert replace(data, validation={"a": data.validation["a"]}).measured == {"a": 1}
+    for wrong, what in (
+        ({"a": replace(sources["a"], subset_tokens=16)}, "does nothing at weight 0"),
+        ({}, "epochs of b"),
+    ):
+        source = Source({}, str(tmp_path / "run.yaml"))
+        with pytest.raises(RunError) as error:
+            check_data(replace(only, mixture={**sources, **wrong}), "3 epochs of a", source)
+        assert what in error.value.what + error.value.mend
 
 
 def test_tables_of_different_tokenizers_are_refused(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,6 +277,17 @@ def test_lengths_and_mixtures_of_a_student(tmp_path) -> None:
     taken = "{mixture: {synthetic: {path: a.txt, weight: 1}}, sequence_length: 16}"
     with pytest.raises(RunError, match="source synthetic already"):
         distilling.student_of_text(config(tmp_path, "2 steps", taken), Path("t"), Fraction(1, 2))
+
+
+def test_synthetic_text_alone_takes_as_many_steps_as_the_mixture_and_keeps_real_text_to_validate_on(tmp_path) -> None:
+    for length, share, drawn, expected in (
+        ("3 epochs", Fraction(3, 4), 2880, "3840 tokens"), ("10 steps", Fraction(3, 10), 549, "1830 tokens"),
+    ):  # fmt: skip
+        mixed = distilling.student_of_text(config(tmp_path, length), Path("t"), share)
+        alone = distilling.without_real_text(mixed, drawn, share)
+        assert (configuration_weights(alone), alone.train.length) == ({"real": 0, "synthetic": 1}, expected)
+        assert (alone.data.mixture["real"].path, alone.data.mixture["real"].subset_tokens) == ("a.txt", None)
+        assert replace(alone, data=mixed.data, train=mixed.train) == mixed
 
 
 @pytest.mark.parametrize("share", ["1", "0", "-0.5", "1.5", "half", "1/1"])

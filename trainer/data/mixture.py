@@ -52,13 +52,14 @@ class Passes:
     """Positions of a mixture in passes over its sources.
 
     Args:
-        weights: exact shares of the sources, by name, with the sum 1.
+        weights: exact shares of the sources, by name, with the sum 1. A source of share 0 has no place in any pass.
         sizes: sequences of one pass over each.
     """
 
     def __init__(self, weights: dict[str, Fraction], sizes: dict[str, int]) -> None:
-        self.names, self.sizes = list(weights), sizes
-        self.schedule = Schedule(list(weights.values()))
+        self.names = [name for name, weight in weights.items() if weight]
+        self.sizes = {name: sizes[name] for name in self.names}
+        self.schedule = Schedule([weights[name] for name in self.names])
 
     def epochs(self, position: int) -> dict[str, float]:
         """Passes over each source that the first `position` sequences make."""

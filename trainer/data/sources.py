@@ -39,9 +39,11 @@ class Data:
 
     @property
     def measured(self) -> dict[str, Fraction]:
-        """Shares of the sources that have text to measure on: synthetic text has none, and the others share its weight."""
+        """Shares of the sources that have text to measure on: synthetic text has none, and the others share its weight;
+        those of weight 0 count where there are no others, one as much as another."""
         weights = {name: self.weights[name] for name in self.validation}
-        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        whole = sum(weights.values())
+        return {name: weight / whole if whole else Fraction(1, len(weights)) for name, weight in weights.items()}
 
     @property
     def unigram_bits_per_byte(self) -> float:
@@ -103,6 +105,13 @@ def open_data(folders: dict[str, Path], config: DataConfig) -> Data:
             )
         parts[name] = Part(rows, weights[name])
     validation = {name: table.validation for name, table in tables.items() if table.validation is not None}
+    for name, table in tables.items():
+        if not weights[name] and table.validation is None:
+            raise RunError(
+                f"{name} does nothing: its weight is 0, and synthetic text has no validation text",
+                where=f"data.mixture.{name}",
+                mend="give it a weight, or leave it out",
+            )
     if not validation:
         raise RunError(
             "no source has validation text: synthetic text has none",
@@ -121,15 +130,16 @@ def open_data(folders: dict[str, Path], config: DataConfig) -> Data:
 def summary(data: Data) -> list[tuple[str, str]]:
     """Rows of a table for people: what each source holds and how much of it is taken."""
     lines = []
-    for index, (name, table) in enumerate(data.tables.items()):
+    rows = dict(zip(data.train.names, data.train.sources, strict=True))
+    for name, table in data.tables.items():
         train, held_back = table.facts["splits"]["train"], table.facts["splits"].get("validation")
-        taken = data.train.sources[index].sequences
+        taken = rows[name].sequences if name in rows else 0
+        share = "validated on only" if name not in rows else f"{data.weights[name]} of the sequences"
         of = f" (a subset of {train['sequences']:,})" if name in data.subsets else ""
-        share = f"{data.weights[name]} of the sequences; " if len(data.tables) > 1 else ""
         lines.append(
             (
                 name,
-                f"{share}{taken:,} sequences{of} of {table.facts['sequence_length']} tokens, "
+                f"{share + '; ' if len(data.tables) > 1 else ''}{taken:,} sequences{of} of {table.facts['sequence_length']} tokens, "
                 f"{train['bytes'] / max(train['tokens'], 1):.2f} bytes per token, "
                 f"{held_back['sequences'] if held_back else 0:,} for validation, digest {train['sha256'][:12]}",
             )

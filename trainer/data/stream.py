@@ -47,10 +47,10 @@ class Stream(Passes):
         super().__init__(
             {n: part.weight for n, part in parts.items()}, {n: part.rows.sequences for n, part in parts.items()}
         )
-        self.sources = [part.rows for part in parts.values()]
+        self.sources = [parts[name].rows for name in self.names]
         self.reshuffle = epoch_order == "reshuffle"
         # The only source of a run keeps the run's seed; those of a mixture each have their own permutations.
-        self._seeds = [order_seed] if len(parts) == 1 else [name_seed(order_seed, name) for name in self.names]
+        self._seeds = [order_seed] if len(self.names) == 1 else [name_seed(order_seed, name) for name in self.names]
 
     def rows(self, positions: NDArray[np.int64]) -> tuple[Tokens, NDArray[np.int64]]:
         """(tokens (n, L + 1), bytes of text behind each row's targets (n,)) at the positions."""
