@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +23,7 @@ def nothing() -> str:
     return ""
 
 
-def watch(
-    child: subprocess.Popen[Any], logs: Path, log: str, asked: children.Asked, gone: Callable[[], str] = nothing
-) -> str:
+def watch(child: children.Child, logs: Path, log: str, asked: children.Asked, gone: Callable[[], str] = nothing) -> str:
     """Wait until an attempt has ended on this node; returns why it was ended from here, empty if it ended by itself.
 
     The first signal to this process goes on to torchrun, once: a second one would cut its patience with the ranks short.

@@ -11,16 +11,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LEAVE_SECONDS = 5.0
 """What processes get to leave by themselves after SIGTERM, or after their parent died."""
 UNKILLABLE_SECONDS = 30.0
 _PDEATHSIG, _SUBREAPER = 1, 36  # prctl(2)
+
+
+class Child(Protocol):
+    """What launchers use of a child: a `subprocess.Popen`, or a fork."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+    def terminate(self) -> None: ...
 
 
 class Asked:
@@ -48,20 +61,105 @@ def start(line: list[str], log: IO[str], environment: Mapping[str, str]) -> subp
     On Linux it gets SIGTERM if this process dies, even by SIGKILL, and what it leaves behind becomes a child of this
     process, which can find and end it. Elsewhere only the child's own process group can be ended.
     """
-    prepare = None
-    if sys.platform == "linux":
-        libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
-        libc.prctl(_SUBREAPER, 1, 0, 0, 0)
-
-        def prepare() -> None:
-            libc.prctl(_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-            if os.getppid() != parent:  # it died in between
-                os._exit(1)
-
+    prepare = _bound_to_this() if sys.platform == "linux" else None
     return subprocess.Popen(line, stderr=log, env=dict(environment), start_new_session=True, preexec_fn=prepare)
 
 
-def end(child: subprocess.Popen[Any], grace: float = LEAVE_SECONDS) -> None:
+class Forked:
+    """A child that is a fork of this process and does `work`, which returns its exit code: as bound to it as by `start`.
+
+    No signal is lost between the fork and `handlers`, which takes them over in the child.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[], int],
+        log: IO[Any] | None,
+        environment: Mapping[str, str],
+        handlers: Callable[[], object],
+    ) -> None:
+        prepare = _bound_to_this()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+        try:
+            self.pid = os.fork()
+            if not self.pid:
+                os.setsid()
+                prepare()
+                handlers()
+                if log is not None:
+                    os.dup2(log.fileno(), 2)
+                os.environ.clear()
+                os.environ.update(environment)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+                os._exit(exit_code(work))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        until = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if until is not None and time.monotonic() > until:
+                raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout or 0.0)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, sig)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+
+def default_signals() -> None:
+    """The signals that a launcher takes over, as a new process has them."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def exit_code(work: Callable[[], Any]) -> int:
+    """Do what a program does, and tell the exit code that the interpreter would end with; all output is out."""
+    try:
+        code = work() or 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    return int(code)
+
+
+def _bound_to_this() -> Callable[[], None]:
+    """What a child of this process does first: get SIGTERM if this process dies. This one adopts what the child leaves."""
+    libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
+    libc.prctl(_SUBREAPER, 1, 0, 0, 0)
+
+    def prepare() -> None:
+        libc.prctl(_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it died in between
+            os._exit(1)
+
+    return prepare
+
+
+def end(child: Child, grace: float = LEAVE_SECONDS) -> None:
     """End a child and all below it: SIGTERM, and after a grace SIGKILL."""
     if child.poll() is None:
         child.terminate()
@@ -69,7 +167,7 @@ def end(child: subprocess.Popen[Any], grace: float = LEAVE_SECONDS) -> None:
     sweep(child, 0.0)
 
 
-def sweep(child: subprocess.Popen[Any], grace: float = LEAVE_SECONDS) -> None:
+def sweep(child: Child, grace: float = LEAVE_SECONDS) -> None:
     """End what a child left behind, after a grace to leave by itself (ranks notice that their torchrun is gone)."""
     deadline = time.monotonic() + grace
     while (left := descendants(os.getpid())) and time.monotonic() < deadline:
@@ -110,7 +208,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def _reap(pids: list[int], child: subprocess.Popen[Any]) -> None:
+def _reap(pids: list[int], child: Child) -> None:
     """Take the exit status of adopted processes; the child's own is for `Popen`."""
     child.poll()
     for pid in pids:
@@ -128,7 +226,7 @@ def _kill(pid: int, *, group: bool = False) -> None:
         return
 
 
-def _wait(child: subprocess.Popen[Any], seconds: float) -> None:
+def _wait(child: Child, seconds: float) -> None:
     try:
         child.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import evidence, handles, ledger, process, standing
+from launch import evidence, handles, ledger, process, standing, warm
+from launch.backends import torchrun
 from launch.graph import Graph, Node, ready, stopped
 from trainer import runfolder
 from trainer.files import write_json
@@ -60,24 +61,37 @@ def drive(driver: Driver, limit: int) -> int:
     nodes = driver.graph.nodes
     with alone(driver):
         skip_done(driver)
-        try:
-            while names := ready(nodes, driver.done, driver.failed, driver.running, limit) or list(driver.running):
-                for name in names:
-                    if name not in driver.running:
-                        begin(driver, nodes[name])
-                for name in list(driver.running):
-                    look(driver, nodes[name])
-                if driver.running:
-                    time.sleep(POLL_SECONDS)
-        finally:
-            for name, child in driver.running.items():
-                if child is not None:
-                    child.send_signal(signal.SIGTERM)
-                else:
-                    driver.say(f"{name}: goes on; the same command finds it again")
+        with warm.kept(worth_warming(driver)):
+            work(driver, limit)
     for name, why in stopped(nodes, driver.failed).items():
         driver.say(f"{name}: not started, because {why} failed")
     return driver.code
+
+
+def worth_warming(driver: Driver) -> bool:
+    """Whether several small runs are left to start here."""
+    configs = [n.config for n in driver.graph.nodes.values() if n.config is not None and n.name not in driver.done]
+    return driver.backend == "torchrun" and sum(map(torchrun.forkable, configs)) > 1
+
+
+def work(driver: Driver, limit: int) -> None:
+    """Start what is ready and see what ends, until nothing can go on."""
+    nodes = driver.graph.nodes
+    try:
+        while names := ready(nodes, driver.done, driver.failed, driver.running, limit) or list(driver.running):
+            for name in names:
+                if name not in driver.running:
+                    begin(driver, nodes[name])
+            for name in list(driver.running):
+                look(driver, nodes[name])
+            if driver.running:
+                time.sleep(POLL_SECONDS)
+    finally:
+        for name, child in driver.running.items():
+            if child is not None:
+                child.send_signal(signal.SIGTERM)
+            else:
+                driver.say(f"{name}: goes on; the same command finds it again")
 
 
 def queue(driver: Driver) -> int:

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from launch import children, forks
 from trainer import runfolder
 from trainer.outcome import RunError
 
@@ -26,7 +27,7 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path} | more
 
 
-def wait(child: subprocess.Popen[Any]) -> tuple[int, int | None]:
+def wait(child: children.Child) -> tuple[int, int | None]:
     """Wait for a child; returns its exit code and the last signal that was passed on to it, if any.
 
     The child is in a session of its own, so that Ctrl-C reaches it once, from here.
@@ -48,7 +49,12 @@ def wait(child: subprocess.Popen[Any]) -> tuple[int, int | None]:
 
 def task(*arguments: str) -> int:
     """Run a task that needs torch, `python -m trainer TASK`, in a process of its own; returns its exit code."""
-    child = subprocess.Popen([sys.executable, "-m", "trainer", *arguments], env=environment(), start_new_session=True)
+    child: children.Child
+    if forks.inside:
+        child = forks.task(list(arguments), None, environment())
+    else:
+        line = [sys.executable, "-m", "trainer", *arguments]
+        child = subprocess.Popen(line, env=environment(), start_new_session=True)
     code, passed = wait(child)
     return 128 + passed if passed and code else code
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import attempt, children, evidence, retry
+from launch import attempt, children, evidence, forks, retry
 from launch.backends import torchrun
 from launch.culprit import first_line
 from trainer import runfolder
@@ -52,13 +52,19 @@ def one(config: RunConfig, folder: Path, asked: children.Asked, *options: str) -
     number, began = runfolder.new_attempt(folder), time.time()
     logs = folder / "logs" / str(number)
     with open(logs / LOG, "w", encoding="utf-8") as log:
-        line = [*torchrun.attempt_command(config, folder, number), *options]
-        child = children.start(line, log, torchrun.variables(config))
+        child: children.Child
+        if forks.inside and torchrun.forkable(config):
+            child = forks.rank(["train", str(folder), f"--attempt={number}", *options], log, torchrun.variables(config))
+        else:
+            line = [*torchrun.attempt_command(config, folder, number), *options]
+            child = children.start(line, log, torchrun.variables(config))
         try:
             ended = attempt.watch(child, logs, LOG, asked)
         except BaseException:
             children.end(child)
             raise
+        if isinstance(child, children.Forked) and child.returncode:  # in torchrun's words, which `evidence` reads
+            log.write(f"failed (exitcode: {child.returncode}) local_rank: 0 (pid: {child.pid})\n")
     return attempt.close(folder, number, asked.signal is not None, began, ended)
 
 

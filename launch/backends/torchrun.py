@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import attempt, children, evidence, handles, process
+from launch import attempt, children, evidence, forks, handles, process, warm
 from launch.retry import RESTARTS
 from trainer import lock
 from trainer.files import write_json
@@ -65,10 +65,13 @@ def submit(
         )
     try:
         with open(folder / "logs" / LOG, "a", encoding="utf-8") as log:
-            child = subprocess.Popen(
-                _line(folder, options), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env=process.environment(PYTHONUNBUFFERED="1", **{handles.SUBMITTED: "1"}),
-            )  # fmt: skip
+            environment = process.environment(PYTHONUNBUFFERED="1", **{handles.SUBMITTED: "1"})
+            line = _line(folder, options)
+            pid = warm.start(line[3:], log, environment) if forkable(config) else None
+            if pid is None:
+                pid = subprocess.Popen(
+                    line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
+                ).pid
     except OSError as error:
         raise RunError(
             f"the run cannot be started: {error.strerror}",
@@ -76,7 +79,7 @@ def submit(
             mend="make room, or make it writable",
             outcome=Outcome.of_errno(error.errno),
         ) from None
-    return handles.identity(child.pid)
+    return handles.identity(pid)
 
 
 def state(folder: Path, handle: dict[str, Any]) -> tuple[str, str]:
@@ -173,8 +176,13 @@ def ranks(config: RunConfig) -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if config.resources.device == "cpu":
         return 1
-    count = len([d for d in visible.split(",") if d]) if visible is not None else len(_gpus())
+    count = len([d for d in visible.split(",") if d]) if visible is not None else len(gpus())
     return max(1, count)
+
+
+def forkable(config: RunConfig) -> bool:
+    """Whether a warm process can start a run (`launch/warm.py`): one rank on the CPU, since no fork inherits a device."""
+    return ranks(config) == 1 and (config.resources.device == "cpu" or not gpus())
 
 
 def attempt_command(config: RunConfig, folder: Path, number: int, node: tuple[str, ...] = NODE) -> list[str]:
@@ -213,9 +221,14 @@ def answer(config: RunConfig, *task: str, alone: bool = False) -> Any:
     """
     folder = Path(tempfile.mkdtemp(prefix="orthogon-"))
     task = (*task, f"--answer={folder}")
-    line = [sys.executable, "-m", "trainer", *task] if alone or ranks(config) == 1 else command(config, *task)
+    one = alone or ranks(config) == 1
+    child: children.Child
     with open(folder / "task.log", "w", encoding="utf-8") as log:
-        child = subprocess.Popen(line, stderr=log, env=variables(config), start_new_session=True)
+        if one and forks.inside:
+            child = forks.task(list(task), log, variables(config))
+        else:
+            line = [sys.executable, "-m", "trainer", *task] if one else command(config, *task)
+            child = subprocess.Popen(line, stderr=log, env=variables(config), start_new_session=True)
         _, passed = process.wait(child)
     if passed is None and (folder / "answer.json").exists():
         value = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
@@ -231,5 +244,6 @@ def answer(config: RunConfig, *task: str, alone: bool = False) -> Any:
     sys.exit(outcome["exit_code"] if passed is None else 128 + passed)
 
 
-def _gpus() -> list[Path]:
+def gpus() -> list[Path]:
+    """The NVIDIA devices of this machine."""
     return [path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()]

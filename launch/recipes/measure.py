@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch import evidence, process
+from launch import evidence, warm
 from trainer.checkpoint import manifest as manifests
 from trainer.ensemble import manifest
 from trainer.files import digest, sha256_file, write_json
@@ -33,8 +31,7 @@ class Measure:
         Raises:
             RunError: it failed; with its last words.
         """
-        line = [sys.executable, "-m", "launch.cli", *words]
-        done = subprocess.run(line, capture_output=True, text=True, env=process.environment(), check=False)
+        done = warm.command(list(words))
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
             raise RunError(

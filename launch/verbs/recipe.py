@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from tyro.conf import Positional, arg
 
-from launch import process
+from launch import process, warm
 from launch.verbs.options import Cluster, On
 from trainer.outcome import Outcome, RunError
 
@@ -40,6 +40,7 @@ class Run:
     """Print what each stage costs, and start nothing."""
 
     def __call__(self, overrides: list[str]) -> int:
+        from launch.backends import torchrun
         from launch.choices import choose
         from launch.recipes import cost, file, stages
         from launch.shapes import shapes
@@ -57,12 +58,13 @@ class Run:
         budget = self.budget or recipe.budget
         work = stages.Work(recipe, config, on, options, self.at_once, budget, lambda text: print(text, flush=True))
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: runs in the background go on
-        try:
-            stages.work_through(work)
-        except stages.Stopped as stopped:
-            print(f"stopped: {stopped}")
-            return stopped.code
-        return finish(work)
+        with warm.kept(on == "torchrun" and torchrun.forkable(config)):
+            try:
+                stages.work_through(work)
+            except stages.Stopped as stopped:
+                print(f"stopped: {stopped}")
+                return stopped.code
+            return finish(work)
 
 
 def finish(work: Work) -> int:

@@ -63,6 +63,8 @@ class Tune:
     json: Json = False
 
     def __call__(self, overrides: list[str]) -> int:
+        from launch import warm
+        from launch.backends import torchrun
         from launch.choices import choose
         from launch.tuning import Search, tune
         from launch.tuning_cells import Space
@@ -94,7 +96,8 @@ class Tune:
             return 0
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: cells in the background go on
         file = sys.stderr if self.json else sys.stdout
-        certificate = tune(search, on, options, self.at_once, lambda text: print(text, file=file, flush=True))
+        with warm.kept(on == "torchrun" and torchrun.forkable(search.config)):
+            certificate = tune(search, on, options, self.at_once, lambda text: print(text, file=file, flush=True))
         if self.json:
             print(json_format.dumps(asdict(certificate)))
         else:

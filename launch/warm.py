@@ -1,0 +1,186 @@
+"""A process that has imported torch, and forks what a local pipeline starts: a small run is not outlived by its own start.
+
+The driver keeps it (`kept`) and asks it for processes: `orthogon` commands, supervisors of runs among them. Such a process has all
+imports, but no thread and no state of any other run, and it is as independent of the driver as one that was started. It runs
+the only rank of a run as a fork of its own (`launch/forks.py`), without torchrun, which would import everything again.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+from launch import children, forks, process
+
+MODULES = (
+    "launch.cli", "launch.verbs.runs", "launch.verbs.evaluate", "launch.verbs.ensemble", "trainer.setup", "trainer.loop",
+    "trainer.tasks", "trainer.evaluate.task", "trainer.ensemble.task", "trainer.ensemble.sample", "trainer.ensemble.cache_task",
+    "torch.optim", "torch.distributed.fsdp", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama",
+    "matplotlib.pyplot", "tokenizers", "safetensors.torch", "rich.console", "tyro",
+)  # fmt: skip
+"""What runs and their commands import, but for what starts threads (`datasets`)."""
+LONGEST = 1 << 20  # bytes of a request
+_keeper: Keeper | None = None
+
+
+class Gone(Exception):
+    """The warm process does not answer any more."""
+
+
+class Keeper:
+    """The warm process, seen from the process that keeps it."""
+
+    def __init__(self) -> None:
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "launch.warm", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, start_new_session=True, env=process.environment(OMP_NUM_THREADS="1"),
+            )  # fmt: skip
+        self._one_at_a_time = threading.Lock()
+
+    def start(self, words: list[str], out: IO[Any], err: IO[Any], environment: Mapping[str, str], *fds: int) -> int:
+        """Begin `orthogon WORDS` in a session of its own; returns its pid. The last of `fds`, if any, gets its exit code.
+
+        Raises:
+            Gone: there is no warm process any more.
+        """
+        request = json.dumps({"words": words, "environment": dict(environment), "folder": os.getcwd()}).encode()
+        with self._one_at_a_time:
+            try:
+                socket.send_fds(self._channel, [request], [out.fileno(), err.fileno(), *fds])
+                answer = self._channel.recv(32)
+            except OSError as error:
+                raise Gone(str(error)) from None
+        if not answer:
+            raise Gone("it ended")
+        return int(answer)
+
+    def close(self) -> None:
+        """Let it end; what it forked goes on."""
+        self._channel.close()
+        try:
+            self._child.wait(5)
+        except subprocess.TimeoutExpired:  # still importing
+            self._child.kill()
+            self._child.wait()
+
+
+@contextmanager
+def kept(worth: bool) -> Iterator[None]:
+    """Keep a warm process meanwhile, if it is worth it, this is Linux, and none is kept already."""
+    global _keeper
+    if not worth or _keeper is not None or forks.inside or sys.platform != "linux":
+        yield
+        return
+    _keeper = Keeper()
+    try:
+        yield
+    finally:
+        keeper, _keeper = _keeper, None
+        if keeper is not None:
+            keeper.close()
+
+
+def start(words: list[str], log: IO[Any], environment: Mapping[str, str]) -> int | None:
+    """`orthogon WORDS` in the background, with its output in `log`; its pid, or None where no warm process is kept."""
+    if _keeper is None:
+        return None
+    try:
+        return _keeper.start(words, log, log, environment)
+    except Gone as gone:
+        _lost(gone)
+        return None
+
+
+def command(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """`orthogon WORDS` to its end, warm or not, with its output and exit code."""
+    if _keeper is not None:
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            ours, theirs = os.pipe()
+            try:
+                _keeper.start(words, out, err, process.environment(), theirs)
+            except Gone as gone:
+                _lost(gone)
+            else:
+                os.close(theirs)
+                with os.fdopen(ours) as told:
+                    code = int(told.read() or -signal.SIGKILL)
+                texts = []
+                for file in (out, err):
+                    file.seek(0)
+                    texts.append(file.read())
+                return subprocess.CompletedProcess(words, code, *texts)
+            os.close(ours)
+            os.close(theirs)
+    line = [sys.executable, "-m", "launch.cli", *words]
+    return subprocess.run(line, capture_output=True, text=True, env=process.environment(), check=False)
+
+
+def _lost(gone: Gone) -> None:
+    global _keeper
+    print(f"the warm process is gone ({gone}): what comes now starts by itself, some seconds slower", file=sys.stderr)
+    if _keeper is not None:
+        _keeper.close()
+    _keeper = None
+
+
+# ------------------------------------------------------------------------------------------------ the warm process
+def serve(channel: socket.socket) -> None:
+    """Fork what is asked for, until the keeper is gone."""
+    for name in MODULES:
+        importlib.import_module(name)
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        sys.exit(f"an import has started {threads - 1} threads, which no fork would have")
+    gc.freeze()  # a collection in a child would copy all of it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets who ended: nobody asks for it here
+    while True:
+        data, fds, _, _ = socket.recv_fds(channel, LONGEST, 3)
+        if not data:
+            return
+        pid = os.fork()
+        if not pid:
+            channel.close()
+            _become(json.loads(data), *fds)
+        for fd in fds:
+            os.close(fd)
+        channel.send(str(pid).encode())
+
+
+def _become(request: dict[str, Any], out: int, err: int, told: int | None = None) -> None:
+    """`orthogon WORDS` in this process, which ends with it."""
+    code = 1
+    try:
+        forks.inside = True
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        sys.argv = ["orthogon", *request["words"]]
+        code = children.exit_code(lambda: importlib.import_module("launch.cli").main())
+    finally:
+        with suppress(OSError):
+            if told is not None:
+                os.write(told, str(code).encode())
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    # As a module of its name: what is forked asks `launch.warm`, not `__main__`, whether it is inside.
+    importlib.import_module("launch.warm").serve(socket.socket(fileno=int(sys.argv[1])))
