@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,11 +17,13 @@ from tests.dist import bodies_run, bodies_tools
 from tests.dist.test_cli import finished
 from trainer import runfolder
 from trainer.checkpoint import manifest as manifests
+from trainer.checkpoint.average import mean
 from trainer.checkpoint.export import restored_model
 from trainer.data.table import Split
 from trainer.ensemble import manifest
 from trainer.evaluate.choices import read_questions, row
 from trainer.evaluate.text import load_tokenizer
+from trainer.model.build import model_tensors
 
 MEMBERS = ["tiny", "tiny-1", "tiny-2"]
 
@@ -83,10 +86,33 @@ def test_the_result_is_the_same_on_1_2_3_ranks(group, runs, task, three) -> None
     assert other["curves"] == three["curves"]
 
 
-def test_losses_are_those_of_whole_logits_in_float64(runs, three) -> None:
+def validation_rows(runs: Path) -> torch.Tensor:
+    """All sequences of the validation split (n, L + 1)."""
     table = next(Path(e["tables"]["data"]["table"]) for e in runfolder.events(runs / "tiny") if "tables" in e)
     split = Split(table / json.loads((table / "table.json").read_text())["splits"]["validation"]["file"])
-    rows = torch.from_numpy(split.rows(np.arange(split.sequences))[0])
+    return torch.from_numpy(split.rows(np.arange(split.sequences))[0])
+
+
+def test_averaged_weights_of_independent_members_are_no_ensemble_and_of_copies_are_the_member(runs, three) -> None:
+    """Oracle 20: what an ensemble gains is not in the weights."""
+    rows = validation_rows(runs)
+
+    def of_average(names: list[str]) -> float:
+        folders = [manifests.pick(runs / name)[0] for name in names]
+        model = deepcopy(member(runs / names[0])).float()
+        for key, tensor in model_tensors(model).items():
+            tensor.copy_(mean(key, tensor, folders, [1 / len(names)] * len(names)))
+        with torch.no_grad():
+            logits = model(rows[:, :-1]).logits
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))
+
+    single = three["curves"]["logit mean"][0]
+    assert of_average(["tiny"] * 3) == of_average(["tiny"]) == pytest.approx(three["members"][0]["loss"], abs=1e-6)
+    assert of_average(MEMBERS) > single["worst"] + 10 * (single["loss"] - losses(three)[-1])
+
+
+def test_losses_are_those_of_whole_logits_in_float64(runs, three) -> None:
+    rows = validation_rows(runs)
     whole = logits(runs, rows[:, :-1])
     pairs = [[0], [1], [2]], [[0, 1], [0, 2], [1, 2]], [[0, 1, 2]]
     for rule in manifest.RULES:

@@ -134,11 +134,12 @@ def test_muon_is_torchs_up_to_bf16(nesterov) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rate_of_zero_moves_no_weight_and_all_state(rule) -> None:
-    """T12."""
+    """T12; and so a sweep over the decay is flat at a rate of 0 (oracle 19 of infinite compute)."""
     start, gradients = draw(0, 20, 12).float(), [draw(1 + i, 20, 12).float() for i in range(3)]
     still, state = run(rule, start, gradients, lr=0.0, weight_decay=0.3)
     _, moved = run(rule, start, gradients, lr=0.1, weight_decay=0.3)
     assert torch.equal(still, start)
+    assert torch.equal(run(rule, start, gradients, lr=0.0, weight_decay=12.8)[0], start)
     for key, value in moved.items():  # no rule's state depends on the weights
         assert value.any()
         assert torch.equal(state[key], value), key
