@@ -79,6 +79,13 @@ def regularized(recipe: Recipe, cell: Cell, first: Optimum | None, before: Optim
     )  # fmt: skip
 
 
+def row(recipe: Recipe, cell: Cell, optimum: Optimum) -> list[RunConfig]:
+    """Every weight decay of the lattice at the epochs and rate of an optimum, under the names that a search gives them."""
+    epochs, lr = float(optimum["epochs"]), float(optimum["lr"])
+    space = _space(recipe, [epochs], [lr], recipe.regularized.weight_decay)
+    return [space.cell(cell.config, (epochs, lr, decay)) for decay in space.decay]
+
+
 def members(cell: Cell, kind: str, of: Members, optimum: Optimum, recipe: Recipe) -> tuple[list[str], list[RunConfig]]:
     """(names of all members, those that are to be run): at the optimum itself its run is the first."""
     own = of.epochs == of.weight_decay == 1

@@ -54,6 +54,9 @@ def preview(
             found.append(cost("standard", len(grid.epochs) * len(grid.lr), sum(grid.epochs) * len(grid.lr)))
         runs = len(cell.of.decays) if cell.of.search == "decay" else recipe.regularized.most_runs or SEARCH_RUNS
         found.append(cost("regularized", runs, runs * optimum["epochs"]))
+        if recipe.regularized.row and cell.of.search == "full":  # the search trains the optimum and its two neighbours
+            more = max(len(recipe.regularized.weight_decay) - 3, 0)
+            found.append(cost("row", more, more * optimum["epochs"]))
         for kind, of in recipe.members.items():
             if of.sizes is None or cell.size in of.sizes:
                 new = of.count - (of.epochs == of.weight_decay == 1)

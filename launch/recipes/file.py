@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,6 +47,8 @@ class Regularized:
     """Standard deviation of a loss over seeds, in nats."""
     most_runs: Annotated[int, Field(gt=0)] | None = None
     """Runs that one search starts at most; it ends without a certificate then."""
+    row: bool = False
+    """Also train every weight decay at the optimum of a full search: the whole curve over the decay, ends included."""
     most_epochs: Above = 64.0
     most_lr: Above = 0.03
 
@@ -125,6 +127,8 @@ class Recipe:
     students: dict[Name, Student] = field(default_factory=dict)
     student_size: Name | None = None
     """The model of the students; none: the first size."""
+    tasks: list[str] = field(default_factory=list)
+    """Multiple-choice tasks that all runs and ensembles answer (JSONL, as for `orthogon evaluate`), relative to this file."""
     budget: Above | None = None
     """FLOPs; the recipe stops before a stage that would pass it."""
     inequalities: bool = False
@@ -146,6 +150,10 @@ def read(path: Path, overrides: list[str]) -> tuple[Recipe, RunConfig]:
     except pydantic.ValidationError as error:
         raise _explained(error, source) from None
     _check(recipe, source)
+    recipe = replace(recipe, tasks=[str(path.parent / task) for task in recipe.tasks])
+    for task in recipe.tasks:
+        if not Path(task).is_file():
+            raise RunError(f"there is no task {task}", where=source.where("tasks"), mend="check the path")
     config = configuration.load(path.parent / recipe.config, [*overrides, f"--name={recipe.name}"])
     if config.data.mixture or (config.data.subset_tokens is None and not recipe.subsets):
         raise RunError(

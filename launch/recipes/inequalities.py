@@ -88,8 +88,8 @@ def judge(results: dict[str, Any]) -> list[Judged]:
     def inside() -> float:
         best = facts.best("regularized")
         row = [r for r in facts.runs("regularized") if (r["epochs"], r["lr"]) == (best["epochs"], best["lr"])]
-        row.sort(key=lambda run: run["weight_decay"])
-        return float(min(row[0]["loss"], row[-1]["loss"]) - best["loss"])
+        ends = {run["weight_decay"]: run["loss"] for run in row}
+        return float(min(ends[min(results["decays"])], ends[max(results["decays"])]) - best["loss"])
 
     def falling(kind: str) -> float:
         losses = [loss for _, loss in sorted(facts.curve(kind).items())]
@@ -106,7 +106,7 @@ def judge(results: dict[str, Any]) -> list[Judged]:
     claims: list[tuple[str, str, bool, float, Callable[[], float]]] = [
         ("1", "regularized is below the best standard run", True, 0.10, lambda: facts.best("standard")["loss"] - facts.single()),
         ("2", "standard: more epochs raise the loss and lower the training loss (the smaller change)", True, 0.10, over_epochs),
-        ("3", "weight decay has an optimum inside, both ends worse", True, 0.05, inside),
+        ("3", "weight decay has an optimum inside, both ends of the lattice worse", True, 0.05, inside),
         ("4a", "two tuned members are below the mean of one", True, 0.05, lambda: facts.curve(TUNED)[1] - facts.curve(TUNED)[2]),
         ("4b", "two members of half decay are below the mean of one", True, 0.10, lambda: facts.curve(HALF)[1] - facts.curve(HALF)[2]),
         ("4c", "the loss falls with every member", True, 0.0, lambda: min(falling(TUNED), falling(HALF))),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,8 @@ class Measure:
     runs: Path
     folder: Path
     say: Callable[[str], None]
+    tasks: Sequence[str] = ()
+    """Multiple-choice tasks that are asked, too."""
 
     def command(self, *words: str) -> str:
         """What a command of ours prints.
@@ -69,17 +71,33 @@ class Measure:
         if step is None:
             raise RunError(f"run {name} has no checkpoint", where=str(folder), mend="train it again")
         facts = {"checkpoint": sha256_file(manifests.find(folder, step) / "manifest.json"), "split": split}
-        words = ("evaluate", name, "--split", split, "--json", "--runs", str(self.runs))
+        words = ("evaluate", name, "--split", split, "--json", "--runs", str(self.runs), *self._asked(facts))
         found: dict[str, Any] = self.kept(f"{name}-{split}", facts, partial(self.answer, *words))
         return found
 
     def ensemble(self, name: str, split: str) -> dict[str, Any]:
         """`orthogon ensemble evaluate` of an ensemble and its subsets."""
         members = [member.manifest_sha256 for member in manifest.read(self.runs, name).members]
-        words = ("ensemble", "evaluate", name, "--split", split, "--json", "--runs", str(self.runs))
         facts = {"members": members, "split": split}
+        words = (
+            "ensemble",
+            "evaluate",
+            name,
+            "--split",
+            split,
+            "--json",
+            "--runs",
+            str(self.runs),
+            *self._asked(facts),
+        )
         found: dict[str, Any] = self.kept(f"ensemble-{name}-{split}", facts, partial(self.answer, *words))
         return found
+
+    def _asked(self, facts: dict[str, Any]) -> list[str]:
+        """The words that ask for the tasks, whose content joins the facts."""
+        if self.tasks:
+            facts["tasks"] = {task: sha256_file(Path(task)) for task in self.tasks}
+        return ["--tasks", *self.tasks] if self.tasks else []
 
     def all_runs(self, names: list[str], split: str, at_once: int) -> dict[str, dict[str, Any]]:
         """Several runs, so many at a time."""

@@ -38,30 +38,54 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main_table(results: dict[str, Any]) -> str:
-    """The best of every stage, the ensembles in full, the students."""
+    """The best of every stage, the ensembles in full, the students; with tasks, their accuracies."""
     rows = []
+    names = sorted({task for run in results["runs"].values() for task in run.get("tasks", {})})
+
+    def right(found: Sequence[dict[str, Any]]) -> list[str]:
+        """Accuracies on the tasks, the mean over runs."""
+        return [
+            f"{sum(one[task]['accuracy'] for one in found) / len(found):.3f} ± {found[0][task]['accuracy_error']:.3f}"
+            for task in names
+        ]
+
     for stage in ("standard", "regularized"):
         for cell, found in results[stage].items():
             run = results["runs"][found["point"]["run"]]
-            rows.append([f"{stage}, {of(results, cell)}", number(run["loss"]), settings(run), run["run"]])
+            rows.append(
+                [
+                    f"{stage}, {of(results, cell)}",
+                    number(run["loss"]),
+                    settings(run),
+                    run["run"],
+                    *right([run.get("tasks", {})]),
+                ]
+            )
     for name, one in results["ensembles"].items():
         last = one["curves"]["logit mean"][-1]
         low, high = last["interval"]
         first = one["curves"]["logit mean"][0]
         rows.append([
             f"one member, {one['kind']}, {of(results, one['cell'])}", f"{first['loss']:.4f} ({first['best']:.4f} to {first['worst']:.4f})",
-            f"mean of {first['subsets']}", ", ".join(one["members"]),
+            f"mean of {first['subsets']}", ", ".join(one["members"]), *right([results["runs"][run].get("tasks", {}) for run in one["members"]]),
         ])  # fmt: skip
         rows.append([
             f"{last['members']} members, {one['kind']}", f"{last['loss']:.4f} (95% of the text: {low:.4f} to {high:.4f})",
             f"lower than one by {last['gain']:.4f} ({last['gain_interval'][0]:.4f} to {last['gain_interval'][1]:.4f})", name,
+            *right([{task: one["tasks"][task]["ensemble"] for task in names}]),
         ])  # fmt: skip
     for run, student in results["students"].items():
         found = results["runs"][run]
         rows.append(
-            [f"student {student['student']} of {student['teacher']}", number(found["loss"]), settings(found), run]
+            [
+                f"student {student['student']} of {student['teacher']}",
+                number(found["loss"]),
+                settings(found),
+                run,
+                *right([found.get("tasks", {})]),
+            ]
         )
-    return table(["what", "loss", "settings", "runs"], rows)
+    return table(["what", "loss", "settings", "runs", *(f"accuracy, {task}" for task in names)], rows)
 
 
 def judged(results: dict[str, Any]) -> str:

@@ -37,17 +37,19 @@ def collect(work: Work) -> dict[str, Any]:
     """
     data = work.config.data
     split = "test" if data.test_path is not None or data.test_fraction is not None else "validation"
-    measure = Measure(work.runs, work.folder, work.say)
+    measure = Measure(work.runs, work.folder, work.say, work.recipe.tasks)
     rows = {row["run"]: row for row in listed(work)}
     found = measure.all_runs(list(rows), split, work.at_once)
     for name, row in rows.items():
         row["loss"] = found[name][split]["loss"]
+        row["tasks"] = found[name].get("tasks", {})
     ensembles = {}
     for name, ensemble in work.ensembles.items():
         work.say(f"{name}: {split} losses of its subsets")
         answer = measure.ensemble(name, split)
         ensembles[name] = ensemble | {key: answer[key] for key in ("curves", "members", "text")}
         ensembles[name]["members"] = [one["run"] for one in answer["members"]]
+        ensembles[name]["tasks"] = answer.get("tasks", {})
     results = {
         "recipe": work.recipe.name,
         "split": split,
@@ -56,6 +58,7 @@ def collect(work: Work) -> dict[str, Any]:
             cell.name: {"size": cell.size, "tokens": cell.tokens, "parameters": parameters(shapes(cell.config))}
             for cell in made.cells(work.recipe, work.config)
         },
+        "decays": work.recipe.regularized.weight_decay,
         "runs": rows,
         "standard": {name: summary(one, None) for name, one in work.standard.items()},
         "regularized": {
@@ -75,6 +78,11 @@ def listed(work: Work) -> Iterable[dict[str, Any]]:
             for one in certificate.cells:
                 if one["loss"] is not None:
                     yield row(work.runs, one["run"], stage, cell)
+    searched = {one["run"] for certificate in work.regularized.values() for one in certificate.cells}
+    for cell, names in work.rows.items():
+        for name in names:
+            if name not in searched:
+                yield row(work.runs, name, "regularized", cell)
     tuned = {certificate.point["run"] for certificate in work.regularized.values()}
     for ensemble in work.ensembles.values():
         for run in ensemble["members"]:
@@ -92,7 +100,8 @@ def row(runs: Path, name: str, stage: str, cell: str) -> dict[str, Any]:
     history = evidence.last_records(runs / name / "metrics.jsonl", '"gradient_norm"', LAST_STEPS)
     checks = evidence.last_records(runs / name / "metrics.jsonl", '"validation_loss"', 1)
     planned = evidence.last_records(runs / name / "events.jsonl", '"event": "planned"', 1)
-    losses = [one["loss"] for one in history if one.get("loss") is not None]
+    # The loss of a student of logits is mostly its distance from its teacher: its cross-entropy is what others call loss.
+    losses = [one.get("cross_entropy", one["loss"]) for one in history if one.get("loss") is not None]
     if not losses or not checks:
         raise RunError(
             f"run {name} has no losses on record", where=str(runs / name / "metrics.jsonl"), mend="train it again"

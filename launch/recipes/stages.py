@@ -56,6 +56,8 @@ class Work:
     """By cell."""
     regularized: dict[str, Certificate] = field(default_factory=dict)
     """By cell."""
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    """By cell: the runs of the whole curve over the decay."""
     ensembles: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By name: cell, kind, member runs."""
     students: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -86,6 +88,11 @@ def work_through(work: Work) -> None:
         afford(work, "regularized", cell.name)
         first, before = anchors(work, cell)
         work.regularized[cell.name] = search(work, made.regularized(work.recipe, cell, first, before))
+        if work.recipe.regularized.row and cell.of.search == "full":
+            afford(work, "row", cell.name)
+            configs = made.row(work.recipe, cell, work.regularized[cell.name].point)
+            run_all(work, f"{cell.name}-row", configs)
+            work.rows[cell.name] = [config.name for config in configs]
     for cell in made.cells(work.recipe, work.config):
         for kind, of in work.recipe.members.items():
             if of.sizes is None or cell.size in of.sizes:

@@ -94,6 +94,12 @@ def test_every_stage_makes_its_runs_at_the_optimum() -> None:
     search = cells.regularized(recipe, base, None, {**OPTIMUM, "lr": 2e-3})
     assert search.start == (16.0, 2e-3, 3.2)
     assert search.space.lr == (1e-3, 2e-3, 3e-3, 1e-2)
+    row = cells.row(recipe, base, OPTIMUM)
+    assert [config.optim.weight_decay for config in row] == recipe.regularized.weight_decay
+    (found,) = (
+        config for config in row if config.name == OPTIMUM["run"]
+    )  # the search's own run, which is not made again
+    assert (found.train.length, found.optim.lr) == ("16 epochs", 3e-3)
     student = cells.student(base, "text", recipe.students["text"], OPTIMUM, recipe, 1)
     assert (student.name, student.train.length, student.optim.weight_decay) == ("mini-text-1", "8 epochs", 0.1)
     assert student.seed not in {run.seed for run in runs}
@@ -111,6 +117,8 @@ def test_a_preview_counts_runs_tokens_and_flops() -> None:
     assert (text.tokens, text.flops) == (4 * 8 * 65536, 600 * 4 * 8 * 65536)
     assert {one.parameters for one in found} == {105}
     assert "standard" in cost.table(found)[1]
+    assert by_stage["row", "mini-base"].runs == 3  # of six, the search has the optimum and its neighbours
+    assert ("row", "mini-large") not in by_stage
 
 
 # ------------------------------------------------------------------------------------------------ results and page
@@ -154,7 +162,7 @@ def results() -> dict[str, Any]:
     tuned = {"cell": "mini-base", "kind": "tuned", "members": ["best"]}
     both = lambda *losses: {"logit mean": curve(*losses), "probability mean": curve(*losses)}  # noqa: E731
     return {
-        "recipe": "mini", "split": "test", "first": "mini-base", "runs": {row["run"]: row for row in rows},
+        "recipe": "mini", "split": "test", "first": "mini-base", "decays": [1.6, 3.2, 6.4], "runs": {row["run"]: row for row in rows},
         "cells": {
             "mini-base": {"size": "base", "tokens": 65536, "parameters": 430752},
             "mini-large": {"size": "large", "tokens": 65536, "parameters": 1970000},
@@ -189,6 +197,29 @@ def test_the_pilot_keeps_the_registered_inequalities(results) -> None:
         assert name in text
 
 
+def test_an_end_of_the_lattice_that_was_not_run_leaves_the_third_open(results) -> None:
+    results["decays"].append(12.8)
+    assert {one.number: one.held for one in inequalities.judge(results)}["3"] is None
+
+
+def test_accuracies_on_tasks_stand_beside_the_losses(results) -> None:
+    answered = lambda value: {"colours": {"accuracy": value, "accuracy_error": 0.012}}  # noqa: E731
+    for number, one in enumerate(results["runs"].values()):
+        one["tasks"] = answered(0.3 + number / 100)
+    for one in results["ensembles"].values():
+        one["tasks"] = {"colours": {"ensemble": answered(0.5)["colours"], "members": []}}
+    lines = page.main_table(results).splitlines()
+    assert lines[0].endswith("| accuracy, colours |")
+    assert lines[2].endswith("| std-8 | 0.300 ± 0.012 |")
+    assert sum("0.500 ± 0.012" in line for line in lines) == 2
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_task_that_is_not_there_is_told(tmp_path) -> None:
+    with pytest.raises(RunError, match="there is no task .*colours.jsonl"):
+        file.read(mini(tmp_path, "inequalities: true", "tasks: [colours.jsonl]"), [])
+
+
 def test_what_was_not_run_is_told_as_that(results) -> None:
     results["ensembles"], results["students"], results["laws"]["members"] = {}, {}, {"why not": "there is none"}
     judged = {one.number: one.held for one in inequalities.judge(results)}
@@ -199,7 +230,7 @@ def test_what_was_not_run_is_told_as_that(results) -> None:
 @pytest.mark.parametrize(("number", "harm"), [
     ("1", lambda r: r["runs"]["std-8"].update(loss=3.45)),
     ("2", lambda r: r["runs"]["std-16"].update(train_loss=3.0)),
-    ("3", lambda r: r["runs"].pop("high")),
+    ("3", lambda r: r["runs"]["high"].update(loss=3.43)),
     ("4a", lambda r: r["ensembles"]["mini-base-tuned"]["curves"]["logit mean"][1].update(loss=3.40)),
     ("4b", lambda r: r["ensembles"]["mini-base-half"]["curves"]["logit mean"][1].update(loss=3.42)),
     ("4c", lambda r: r["ensembles"]["mini-base-half"]["curves"]["logit mean"][3].update(loss=3.29)),

@@ -121,8 +121,10 @@ def _members(panel: Any, results: dict[str, Any]) -> None:
 
 def _students(panel: Any, results: dict[str, Any]) -> None:
     """Arrows from the best single model to each student, with the ensembles as lines."""
-    single = results["runs"][results["regularized"][results["first"]]["point"]["run"]]["loss"]
-    panel.axhline(single, color="C7", label="best single")
+    tuned = results["ensembles"].get(f"{results['first']}-tuned")  # the mean over seeds, where there are several
+    run = results["runs"][results["regularized"][results["first"]]["point"]["run"]]
+    single = run["loss"] if tuned is None else tuned["curves"]["logit mean"][0]["loss"]
+    panel.axhline(single, color="C7", label="best single" + ("" if tuned is None else ", mean of seeds"))
     used = {one["teacher"] for one in results["students"].values()}
     for number, name in enumerate(sorted(used)):
         panel.axhline(
