@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.test_cli import ROOT
+from trainer import config as configuration
 
 RUN = """\
 name: t
@@ -33,13 +34,11 @@ sizes: {base: {}}
 standard: {epochs: [1], lr: [0.003], weight_decay: 0.1}
 regularized: {epochs: [1], lr: [0.003], weight_decay: [0.8], start: [1, 0.003, 0.8], most_epochs: 1, most_lr: 0.003, most_runs: 1}
 members: {half: {count: 2, weight_decay: 0.5}}
+students: {text: {teacher: half, kind: text, share: 1/2, tokens: 4k}, synthetic: {teacher: half, kind: synthetic, share: 1/2, tokens: 4k},
+           logits: {teacher: half, kind: logits, form: hidden}}
+tasks: [words.jsonl]
 inequalities: true
 """
-STUDENTS = """\
-students: {text: {teacher: half, kind: text, share: 1/2, tokens: 4k}, logits: {teacher: half, kind: logits, form: hidden}}
-"""
-ALL = bool(os.environ.get("ORTHOGON_EVERY_CELL"))
-"""Students, too, take two minutes more."""
 
 
 def recipe(folder: Path, *options: str) -> subprocess.Popen[str]:
@@ -53,7 +52,9 @@ def test_a_recipe_is_interrupted_and_goes_on_to_its_report(tmp_path) -> None:
     words = [f"the {a} of the {b} is {c}" for a in ("cat", "dog", "end") for b in ("sea", "hill", "year") for c in range(150)]
     (tmp_path / "text.txt").write_text("\n".join(words))
     (tmp_path / "run.yaml").write_text(RUN)
-    (tmp_path / "recipe.yaml").write_text(RECIPE + (STUDENTS if ALL else ""))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    questions = [{"query": f"the {a} of the", "choices": [" sea", " is"], "gold": 0} for a in ("cat", "dog", "end")]
+    (tmp_path / "words.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
     stopped = recipe(tmp_path, "--budget=1e3")
     text = stopped.communicate(timeout=120)[0]
     assert stopped.returncode == 75, text
@@ -73,13 +74,16 @@ def test_a_recipe_is_interrupted_and_goes_on_to_its_report(tmp_path) -> None:
     assert "tiny-base-std-e1-lr0.003-wd0.1: started" not in text
     results = json.loads((tmp_path / "runs/recipes/tiny/results.json").read_text())
     stages = {run["stage"] for run in results["runs"].values()}
-    assert stages == {"standard", "regularized", "members half"} | ({"student text", "student logits"} if ALL else set())
+    assert stages == {"standard", "regularized", "members half", "student text", "student synthetic", "student logits"}
     assert all(run["loss"] > 1 and run["train_loss"] > 1 for run in results["runs"].values())
     assert results["split"] == "test"
     (half,) = results["ensembles"].values()
     one, both = half["curves"]["logit mean"]
     assert both["loss"] < one["loss"]
     assert one["loss"] == pytest.approx(sum(results["runs"][run]["loss"] for run in half["members"]) / 2, abs=1e-6)
+    real, alone = (configuration.load(tmp_path / f"runs/tiny-{name}-0/config.yaml").data for name in ("text", "synthetic"))
+    assert alone.mixture["synthetic"].table == real.mixture["synthetic"].table  # one pool for both
+    assert half["tasks"]["words"]["ensemble"]["questions"] == 3
     page = (tmp_path / "runs/recipes/tiny/report.md").read_text()
     assert all(name in page for name in results["runs"])
     assert (tmp_path / "runs/recipes/tiny/figures.png").stat().st_size > 10_000
