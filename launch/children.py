@@ -79,21 +79,25 @@ class Forked:
         handlers: Callable[[], object],
     ) -> None:
         prepare = _bound_to_this()
+
+        def begin() -> int:
+            os.setsid()
+            prepare()
+            handlers()
+            if log is not None:
+                os.dup2(log.fileno(), 2)
+            os.environ.clear()
+            os.environ.update(environment)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+            return work()
+
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         try:
             self.pid = os.fork()
             if not self.pid:
-                os.setsid()
-                prepare()
-                handlers()
-                if log is not None:
-                    os.dup2(log.fileno(), 2)
-                os.environ.clear()
-                os.environ.update(environment)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-                os._exit(exit_code(work))
+                os._exit(exit_code(begin))  # nothing may go on from here as if it were the parent
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         self.returncode: int | None = None

@@ -28,9 +28,9 @@ def mini(folder: Path, old: str, new: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["mini", "paper"])
+@pytest.mark.parametrize("name", ["infinite-compute", "infinite-compute-mini", "infinite-compute-paper"])
 def test_the_recipes_of_the_project_are_right(name) -> None:
-    recipe, config = file.read(CONFIGS / f"infinite-compute-{name}.yaml", [])
+    recipe, config = file.read(CONFIGS / f"{name}.yaml", [])
     found = cells.cells(recipe, config)
     assert [cell.size for cell in found] == list(recipe.sizes)
     assert all(cell.config.data.subset_tokens == config.data.subset_tokens for cell in found)
