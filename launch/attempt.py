@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,14 @@ def nothing() -> str:
     return ""
 
 
-def watch(child: children.Child, logs: Path, log: str, asked: children.Asked, gone: Callable[[], str] = nothing) -> str:
+def watch(
+    child: children.Child,
+    logs: Path,
+    log: str,
+    asked: children.Asked,
+    gone: Callable[[], str] = nothing,
+    patience: float = math.inf,
+) -> str:
     """Wait until an attempt has ended on this node; returns why it was ended from here, empty if it ended by itself.
 
     The first signal to this process goes on to torchrun, once: a second one would cut its patience with the ranks short.
@@ -33,12 +41,14 @@ def watch(child: children.Child, logs: Path, log: str, asked: children.Asked, go
     Args:
         log: the name of torchrun's log in `logs`.
         gone: which peer is gone, if one is; called all the time.
+        patience: seconds that the child gets after a signal; torchrun has a patience of its own.
     """
-    forwarded, deadline, why, looked = False, None, "", 0.0
+    forwarded, overdue, deadline, why, looked = False, math.inf, None, "", 0.0
     while child.poll() is None:
         if asked.signal is not None and not forwarded:
             forwarded = True
             child.send_signal(asked.signal)
+            overdue = time.monotonic() + patience
         now = time.monotonic()
         if deadline is None and now - looked > 0.5:
             looked = now
@@ -49,9 +59,9 @@ def watch(child: children.Child, logs: Path, log: str, asked: children.Asked, go
             elif evidence.failed(logs / log):
                 deadline, why = now + BROKEN_SECONDS, "it outlived a rank that failed"
         lost = gone()
-        if lost or (deadline is not None and now > deadline):
+        if lost or now > overdue or (deadline is not None and now > deadline):
             children.end(child)
-            return lost or why
+            return lost or why or "it outlived a signal"
         time.sleep(POLL_SECONDS)
     children.sweep(child)
     return ""

@@ -97,14 +97,21 @@ class Forked:
         try:
             self.pid = os.fork()
             if not self.pid:
-                os._exit(exit_code(begin))  # nothing may go on from here as if it were the parent
+                code = 1
+                try:
+                    code = exit_code(begin)
+                finally:  # nothing may go on from here as if it were the parent
+                    os._exit(code)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # a signal handler asks while the line above has the answer
+                return self.returncode
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode

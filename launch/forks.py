@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping
 from typing import IO, Any
 
 from launch import children
+from trainer.environment import FORKED
 
 inside = False
 """Whether this process is such a fork."""
@@ -15,9 +17,7 @@ inside = False
 
 def rank(words: list[str], log: IO[Any], environment: Mapping[str, str]) -> children.Forked:
     """The only rank of a run, `python -m trainer WORDS`, as torchrun would start it."""
-    # A store of its own, not one at an address: WORLD_SIZE is what would tell it of others.
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "warm"}
-    return children.Forked(lambda: _program(words), log, {**environment, **alone}, _trainer().FLAG.install)
+    return children.Forked(lambda: _program(words), log, {**environment, FORKED: "1"}, _trainer().FLAG.install)
 
 
 def task(words: list[str], log: IO[Any] | None, environment: Mapping[str, str]) -> children.Forked:
@@ -26,6 +26,9 @@ def task(words: list[str], log: IO[Any] | None, environment: Mapping[str, str]) 
 
 
 def _program(words: list[str]) -> int:
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is not None:  # a new process would read it as it loads torch
+        importlib.import_module("torch").set_num_threads(int(threads))
     sys.argv = ["python -m trainer", *words]
     return int(_trainer().main())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,13 +54,15 @@ def one(config: RunConfig, folder: Path, asked: children.Asked, *options: str) -
     logs = folder / "logs" / str(number)
     with open(logs / LOG, "w", encoding="utf-8") as log:
         child: children.Child
+        patience = math.inf
         if forks.inside and torchrun.forkable(config):
             child = forks.rank(["train", str(folder), f"--attempt={number}", *options], log, torchrun.variables(config))
+            patience = torchrun.shutdown_seconds(config)
         else:
             line = [*torchrun.attempt_command(config, folder, number), *options]
             child = children.start(line, log, torchrun.variables(config))
         try:
-            ended = attempt.watch(child, logs, LOG, asked)
+            ended = attempt.watch(child, logs, LOG, asked, patience=patience)
         except BaseException:
             children.end(child)
             raise

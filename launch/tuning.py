@@ -17,6 +17,7 @@ from launch.graph import Node, of_runs
 from launch.lattice import Found, Point
 from launch.pipeline import Driver, drive, made_of
 from launch.tuning_cells import Space, sequences_known, steps_per_epoch
+from trainer.config_data import weights_of
 from trainer.files import write_json
 from trainer.outcome import Outcome, RunError
 
@@ -246,10 +247,15 @@ def row(search: Search, cells: _Cells, point: Point, found: Found, per_epoch: fl
 
 
 def measured(cells: _Cells) -> dict[str, int] | None:
-    """Sequences of each source, as a run of a cell recorded them."""
+    """Sequences of each source that is trained on, as a run of a cell recorded them."""
+    weights = weights_of(cells.search.config.data)
     for node in cells.nodes.values():
         assert node.config is not None
         told = evidence.last_records(node.config.folder / "events.jsonl", '"event": "data"', 1)
         if told:
-            return {name: int(one.get("subset", one["sequences"])) for name, one in told[0]["sources"].items()}
+            return {
+                name: int(one.get("subset", one["sequences"]))
+                for name, one in told[0]["sources"].items()
+                if weights[name]
+            }
     return sequences_known(cells.search.config)

@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -46,7 +47,7 @@ class Keeper:
         with theirs:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "launch.warm", str(theirs.fileno())], pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL, start_new_session=True, env=process.environment(OMP_NUM_THREADS="1"),
+                stdin=subprocess.DEVNULL, start_new_session=True, env=process.environment(OPENBLAS_NUM_THREADS="1"),
             )  # fmt: skip
         self._one_at_a_time = threading.Lock()
 
@@ -63,6 +64,9 @@ class Keeper:
                 answer = self._channel.recv(32)
             except OSError as error:
                 raise Gone(str(error)) from None
+            except BaseException:  # Ctrl-C: the answer would be taken for that of another request
+                self._channel.close()
+                raise
         if not answer:
             raise Gone("it ended")
         return int(answer)
@@ -81,7 +85,10 @@ def kept(worth: bool) -> Iterator[None]:
     if not worth or _keeper is not None or forks.inside or sys.platform != "linux":
         yield
         return
-    _keeper = Keeper()
+    try:
+        _keeper = Keeper()
+    except OSError as error:  # no memory, no files
+        _lost(Gone(str(error)))
     try:
         yield
     finally:
@@ -92,10 +99,11 @@ def kept(worth: bool) -> Iterator[None]:
 
 def start(words: list[str], log: IO[Any], environment: Mapping[str, str]) -> int | None:
     """`orthogon WORDS` in the background, with its output in `log`; its pid, or None where no warm process is kept."""
-    if _keeper is None:
+    keeper = _keeper
+    if keeper is None:
         return None
     try:
-        return _keeper.start(words, log, log, environment)
+        return keeper.start(words, log, log, environment)
     except Gone as gone:
         _lost(gone)
         return None
@@ -103,17 +111,23 @@ def start(words: list[str], log: IO[Any], environment: Mapping[str, str]) -> int
 
 def command(words: list[str]) -> subprocess.CompletedProcess[str]:
     """`orthogon WORDS` to its end, warm or not, with its output and exit code."""
-    if _keeper is not None:
+    keeper = _keeper
+    if keeper is not None:
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             ours, theirs = os.pipe()
             try:
-                _keeper.start(words, out, err, process.environment(), theirs)
+                pid = keeper.start(words, out, err, process.environment(), theirs)
             except Gone as gone:
                 _lost(gone)
             else:
                 os.close(theirs)
-                with os.fdopen(ours) as told:
-                    code = int(told.read() or -signal.SIGKILL)
+                try:
+                    with os.fdopen(ours) as told:
+                        code = int(told.read() or -signal.SIGKILL)
+                except BaseException:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+                    raise
                 texts = []
                 for file in (out, err):
                     file.seek(0)
@@ -127,10 +141,10 @@ def command(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 def _lost(gone: Gone) -> None:
     global _keeper
+    keeper, _keeper = _keeper, None
     print(f"the warm process is gone ({gone}): what comes now starts by itself, some seconds slower", file=sys.stderr)
-    if _keeper is not None:
-        _keeper.close()
-    _keeper = None
+    if keeper is not None:
+        keeper.close()
 
 
 # ------------------------------------------------------------------------------------------------ the warm process
@@ -143,9 +157,11 @@ def serve(channel: socket.socket) -> None:
         sys.exit(f"an import has started {threads - 1} threads, which no fork would have")
     gc.freeze()  # a collection in a child would copy all of it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets who ended: nobody asks for it here
+    closed = select.poll()
+    closed.register(channel, 0)  # POLLHUP alone
     while True:
         data, fds, _, _ = socket.recv_fds(channel, LONGEST, 3)
-        if not data:
+        if not data or closed.poll(0):  # who asked is gone: nobody would know of what it asked for
             return
         pid = os.fork()
         if not pid:
@@ -158,8 +174,8 @@ def serve(channel: socket.socket) -> None:
 
 def _become(request: dict[str, Any], out: int, err: int, told: int | None = None) -> None:
     """`orthogon WORDS` in this process, which ends with it."""
-    code = 1
-    try:
+
+    def work() -> Any:
         forks.inside = True
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
@@ -170,7 +186,11 @@ def _become(request: dict[str, Any], out: int, err: int, told: int | None = None
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
         sys.argv = ["orthogon", *request["words"]]
-        code = children.exit_code(lambda: importlib.import_module("launch.cli").main())
+        return importlib.import_module("launch.cli").main()
+
+    code = 1
+    try:
+        code = children.exit_code(work)
     finally:
         with suppress(OSError):
             if told is not None:

@@ -76,7 +76,7 @@ def train_rank(arguments: argparse.Namespace, overrides: list[str]) -> int:
     except RunError as error:
         print(error, file=sys.stderr)
         return error.outcome.code
-    launched, rank = starter in ("torchrun", "srun"), int(os.environ.get("RANK", "0"))
+    launched, rank = starter in ("torchrun", "srun", "fork"), int(os.environ.get("RANK", "0"))
     logs: Path | None = None
     watch: Watchdog | None = None
     lost = False
@@ -84,7 +84,9 @@ def train_rank(arguments: argparse.Namespace, overrides: list[str]) -> int:
         folder, number = _folder(arguments.target, arguments.attempt, overrides, rank)
         logs = folder / "logs" / str(number)
         _log_to(logs / f"rank-{rank}.log", keep_stdout=rank == 0)
-        watch = Watchdog(heartbeat.Heartbeat(heartbeat.path_of(logs, rank)), FLAG, logs, rank, launched).start()
+        # A fork is told by SIGTERM that its supervisor is gone, and saves.
+        bound = launched and starter != "fork"
+        watch = Watchdog(heartbeat.Heartbeat(heartbeat.path_of(logs, rank)), FLAG, logs, rank, bound).start()
         outcome, message, facts = _train(folder, number, watch, arguments.verify)
     except RunError as error:
         outcome, message, facts = error.outcome, error.what if error.outcome.orderly else str(error), {}

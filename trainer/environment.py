@@ -6,6 +6,9 @@ from collections.abc import MutableMapping
 
 from trainer.outcome import RunError
 
+FORKED = "ORTHOGON_FORKED"
+"""In the environment of a rank that its supervisor forked: the only one of its run."""
+
 
 def adopt(environment: MutableMapping[str, str]) -> str:
     """Say who started this rank, and describe it as torch expects (RANK, LOCAL_RANK, WORLD_SIZE) where that is not done.
@@ -15,11 +18,18 @@ def adopt(environment: MutableMapping[str, str]) -> str:
     ranks meet is a process by itself.
 
     Returns:
-        "torchrun", "srun", "other" (RANK is set by somebody else), or "" for a process by itself.
+        "torchrun", "srun", "fork" (a supervisor with all imports), "other" (RANK is set by somebody else), or "" for a process by itself.
 
     Raises:
         RunError: several tasks that were not told where they meet: each would train alone, or wait for ever.
     """
+    if FORKED in environment:
+        for name in [*environment]:  # of a job around it, which this rank is no part of
+            if name.startswith(("MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")) or name.endswith("_WORLD_SIZE"):
+                del environment[name]
+        environment.pop("WORLD_SIZE", None)
+        environment["RANK"] = environment["LOCAL_RANK"] = "0"
+        return "fork"
     if "RANK" in environment:
         return "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "other"
     if not {"SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"} <= environment.keys():

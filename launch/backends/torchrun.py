@@ -79,7 +79,15 @@ def submit(
             mend="make room, or make it writable",
             outcome=Outcome.of_errno(error.errno),
         ) from None
-    return handles.identity(pid)
+    try:
+        return handles.identity(pid)
+    except ProcessLookupError:  # a fork that ended at once leaves nothing to look at
+        raise RunError(
+            "the run ended at once",
+            where=str(folder / "logs" / LOG),
+            mend="read this log",
+            outcome=Outcome.INFRASTRUCTURE,
+        ) from None
 
 
 def state(folder: Path, handle: dict[str, Any]) -> tuple[str, str]:

@@ -89,7 +89,8 @@ def judge(results: dict[str, Any]) -> list[Judged]:
         best = facts.best("regularized")
         row = [r for r in facts.runs("regularized") if (r["epochs"], r["lr"]) == (best["epochs"], best["lr"])]
         ends = {run["weight_decay"]: run["loss"] for run in row}
-        return float(min(ends[min(results["decays"])], ends[max(results["decays"])]) - best["loss"])
+        lattice = {*results["decays"], *ends}  # a search may have gone beyond what the recipe names
+        return float(min(ends[min(lattice)], ends[max(lattice)]) - best["loss"])
 
     def falling(kind: str) -> float:
         losses = [loss for _, loss in sorted(facts.curve(kind).items())]

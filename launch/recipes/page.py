@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,11 +44,10 @@ def main_table(results: dict[str, Any]) -> str:
     names = sorted({task for run in results["runs"].values() for task in run.get("tasks", {})})
 
     def right(found: Sequence[dict[str, Any]]) -> list[str]:
-        """Accuracies on the tasks, the mean over runs."""
-        return [
-            f"{sum(one[task]['accuracy'] for one in found) / len(found):.3f} ± {found[0][task]['accuracy_error']:.3f}"
-            for task in names
-        ]
+        """Accuracies on the tasks: of one with its standard error, of several their mean."""
+        if len(found) == 1:
+            return [f"{found[0][task]['accuracy']:.3f} ± {found[0][task]['accuracy_error']:.3f}" for task in names]
+        return [f"{statistics.mean(one[task]['accuracy'] for one in found):.3f}" for task in names]
 
     for stage in ("standard", "regularized"):
         for cell, found in results[stage].items():
@@ -192,8 +192,8 @@ def over_parametrized(parameters: float, tokens: float) -> float:
 
 def settings(run: dict[str, Any]) -> str:
     """A run's settings in words."""
-    epochs = "" if run["epochs"] is None else f"{run['epochs']:g} epochs, "
-    return f"{epochs}lr {run['lr']:g}, weight decay {run['weight_decay']:.4g}"
+    length = f"{run['steps']} steps" if run["epochs"] is None else f"{run['epochs']:g} epochs"
+    return f"{length}, lr {run['lr']:g}, weight decay {run['weight_decay']:.4g}"
 
 
 def number(value: float) -> str:

@@ -78,7 +78,7 @@ def listed(work: Work) -> Iterable[dict[str, Any]]:
             for one in certificate.cells:
                 if one["loss"] is not None:
                     yield row(work.runs, one["run"], stage, cell)
-    searched = {one["run"] for certificate in work.regularized.values() for one in certificate.cells}
+    searched = {one["run"] for found in work.regularized.values() for one in found.cells if one["loss"] is not None}
     for cell, names in work.rows.items():
         for name in names:
             if name not in searched:

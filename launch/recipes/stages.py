@@ -7,7 +7,7 @@ through a backend; sampling, caches, evaluations and laws are computed on this m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,10 +89,11 @@ def work_through(work: Work) -> None:
         first, before = anchors(work, cell)
         work.regularized[cell.name] = search(work, made.regularized(work.recipe, cell, first, before))
         if work.recipe.regularized.row and cell.of.search == "full":
-            afford(work, "row", cell.name)
-            configs = made.row(work.recipe, cell, work.regularized[cell.name].point)
-            run_all(work, f"{cell.name}-row", configs)
-            work.rows[cell.name] = [config.name for config in configs]
+            if work.regularized[cell.name].certified:
+                afford(work, "row", cell.name)
+                work.rows[cell.name] = row(work, cell)
+            else:  # another call could find another optimum, and these runs would help it
+                work.say(f"the curve over the decay of {cell.name} is left out: its optimum is not certified")
     for cell in made.cells(work.recipe, work.config):
         for kind, of in work.recipe.members.items():
             if of.sizes is None or cell.size in of.sizes:
@@ -161,19 +162,31 @@ def search(work: Work, what: Search) -> Certificate:
     return certificate
 
 
-def run_all(work: Work, name: str, configs: list[RunConfig]) -> None:
+def row(work: Work, cell: made.Cell) -> list[str]:
+    """The whole curve over the decay at an optimum; returns the runs that have a loss.
+
+    Raises:
+        Stopped: one failed in another way than by having none.
+    """
+    graph = of_runs(f"{cell.name}-row", made.row(work.recipe, cell, work.regularized[cell.name].point))
+    wanted = [node.config for node in graph.nodes.values() if node.config and tuning.state_of(node) not in tuning.LOST]
+    run_all(work, graph.name, wanted, tuning.LOST)
+    return [name for name, node in graph.nodes.items() if tuning.state_of(node) == tuning.FINISHED]
+
+
+def run_all(work: Work, name: str, configs: list[RunConfig], fine: Sequence[str] = ()) -> None:
     """Runs through the backend.
 
     Raises:
-        Stopped: one failed.
+        Stopped: one failed, and did not end in a state that is `fine`.
     """
     if not configs:
         return
     driver = Driver(of_runs(name, configs), work.backend, work.options, work.say)
     code = drive(driver, work.at_once)
-    if code:
-        run, why = next(iter(driver.failed.items()))
-        raise Stopped(f"{run}: {why}", code)
+    for run, why in driver.failed.items():
+        if tuning.state_of(driver.graph.nodes[run]) not in fine:
+            raise Stopped(f"{run}: {why}", code)
 
 
 def taught(work: Work, cell: made.Cell, name: str, one: Student) -> list[RunConfig]:

@@ -125,7 +125,8 @@ class Text:
         runs = Path(config.runs)
         teacher = recipe.teacher_of(runs, self.teacher)
         distilling.check_teacher(config, teacher, runs)
-        needed = distilling.needed_tokens(config, teacher, runs, share)
+        drawn = distilling.needed_tokens(config, teacher, runs, share)
+        needed = math.ceil(drawn / share) if self.alone else drawn
         made = recipe.recipe(
             runs, teacher, self.mode, tokens=needed if self.tokens is None else count(self.tokens), batch=self.batch,
             seed=self.sample_seed, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
@@ -133,8 +134,7 @@ class Text:
         table = distilling.table_of(runs, made)
         student = distilling.student_of_text(config, table, share)
         if self.alone:
-            student = distilling.without_real_text(student, needed, share)
-            needed, share = math.ceil(needed / share), Fraction(1)
+            student, share = distilling.without_real_text(student, drawn, share), Fraction(1)
         print(
             f"student {student.name}: {student.train.length}, synthetic share {share}; synthetic pool of {made.tokens:,} tokens, "
             f"{needed:,} drawn; synthetic pool passes: {needed / made.tokens:.2f}"

@@ -113,12 +113,27 @@ def test_a_run_that_is_cancelled_saves_and_goes_on_by_torchrun(place, keeper) ->
     assert f"resumed from step-{outcome['step']:08d}" in text
 
 
-def test_nothing_is_left_of_a_run_whose_supervisor_is_killed(place, keeper) -> None:
-    folder = begin(place, "orphan", LONG)
+def test_a_run_whose_supervisor_is_killed_saves_and_leaves_no_process(place, keeper) -> None:
+    folder = begin(place, "orphan", LONG, "--checkpoint.every=100000 steps")
     rank = rank_of(folder)
     os.kill(handles.read(folder)["pid"], signal.SIGKILL)
     until(lambda: not Path(f"/proc/{rank}").exists())
     assert not standing.read(folder).alive
+    outcome = evidence.told(folder / "logs/1")
+    assert (outcome["outcome"], outcome["step"]) == ("preempted", evidence.newest_checkpoint(folder))
+
+
+def test_a_rank_that_does_not_answer_a_signal_is_ended(place, keeper, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONWARNINGS", "")
+    folder = begin(place, "stopped", LONG, "--guard.stop_timeout=1 s")
+    rank = rank_of(folder)
+    os.kill(rank, signal.SIGSTOP)
+    began = time.monotonic()
+    torchrun.cancel(folder, handles.read(folder), now=False)
+    assert ended(folder) == "infrastructure"
+    assert 30 < time.monotonic() - began < 50  # stop_timeout, and what torchrun would add
+    assert not Path(f"/proc/{rank}").exists()
+    assert evidence.record(folder / "logs/1/attempt.json")["ended"] == "it outlived a signal"
 
 
 def test_commands_give_their_output_and_exit_code(keeper, place, tmp_path) -> None:

@@ -172,6 +172,11 @@ MEET = {"MASTER_ADDR": "n1", "MASTER_PORT": "20017"}
         ({}, "", None),
         ({"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", **STEP}, "torchrun", ("1", None, "2")),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "other", ("1", None, "2")),
+        (
+            {"ORTHOGON_FORKED": "1", "RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "n1", **STEP},
+            "fork",
+            ("0", "0", None),
+        ),
         ({**STEP, **MEET}, "srun", ("5", "1", "8")),
         ({**STEP, **MEET, "CUDA_VISIBLE_DEVICES": "3"}, "srun", ("5", "0", "8")),
         ({**STEP, **MEET, "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, "srun", ("5", "1", "8")),

@@ -19,7 +19,7 @@ FILES = {
 SHARED = {
     "config", "config_data", "data.mixture", "outcome", "runfolder", "yaml_source", "schedule", "derive", "checkpoint.manifest", "metrics.history",
     "optim.decay", "optim.plan", "optim.sides", "units", "model.peaks", "registry", "guard.heartbeat", "guard.faults", "lock", "files", "checkpoint.contents", "ensemble.manifest",
-    "ensemble.recipe",
+    "ensemble.recipe", "environment",
 }  # fmt: skip
 
 LAUNCH_VERBS = [name for name in FILES if name.startswith("launch.verbs")]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import DataConfig, SourceConfig
-from trainer.config_data import SINGLE, sources_of
+from trainer.config_data import SINGLE, sources_of, weights_of
 from trainer.data.corpus import fingerprint, pinned
 from trainer.data.make import FORMAT, Recipe, divided, make_table
 from trainer.data.table import facts_of
@@ -64,7 +64,7 @@ def tokenizer_key(config: DataConfig) -> str:
     """Digest of the given tokenizer, or of all that a trained one depends on."""
     if config.tokenizer.path is not None:
         return given_digest(config.tokenizer.path)
-    texts = [_documents_key(source) for source in sources_of(config).values() if source.path is not None]
+    texts = [_documents_key(source) for source in _for_tokenizer(config).values()]
     return digest({"format": FORMAT, "vocab_size": config.tokenizer.vocab_size, "texts": texts})
 
 
@@ -119,7 +119,7 @@ def _pinned(source: SourceConfig, folder: Path) -> SourceConfig:
 
 
 def _tokenizer_folder(config: DataConfig, say: Callable[[str], None]) -> Path:
-    """The tokenizer that was given, or one trained on the training documents of all sources that have text."""
+    """The tokenizer that was given, or one trained on training documents."""
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path)
     folder = Path(config.folder) / f"tokenizer-{tokenizer_key(config)[:12]}"
@@ -129,11 +129,16 @@ def _tokenizer_folder(config: DataConfig, say: Callable[[str], None]) -> Path:
     return folder
 
 
+def _for_tokenizer(config: DataConfig) -> dict[str, SourceConfig]:
+    """The sources on whose text a tokenizer is trained: all that the run trains on."""
+    weights = weights_of(config)
+    return {name: source for name, source in sources_of(config).items() if source.path is not None and weights[name]}
+
+
 def _train_tokenizer(config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with_text = {name: source for name, source in sources_of(config).items() if source.path is not None}
-    fixed = [_pinned(source, _folder(name, source, config)) for name, source in with_text.items()]
+    fixed = [_pinned(source, _folder(name, source, config)) for name, source in _for_tokenizer(config).items()]
     texts = (document.text for source in fixed for split, document in divided(source) if split == "train")
     train_bpe(texts, config.tokenizer.vocab_size, partial)
     for file in partial.iterdir():
