@@ -1,7 +1,7 @@
 """Losses of a small run of every optimizer, kept in a file: a change that moves them must change the file, too.
 
 `ORTHOGON_WRITE_GOLDEN=1 pytest tests/dist/test_golden.py` writes it. Equal to the bit on the kind of CPU that wrote it;
-elsewhere, where products round otherwise, to the tolerance below.
+elsewhere, where products round otherwise, to the tolerances below.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from trainer import registry
 
 FILE = Path(__file__).parent / "golden.json"
 TOLERANCE = 5e-4
+CHOOSES = {"dct_adamw": (20, 1e-2)}
+"""Rules whose choices (of columns) last bits can turn: so many steps are within `TOLERANCE`, the others within another one."""
 STEPS = 60
 OPTIMIZERS = sorted(registry.alternatives("trainer.optim"))
 
@@ -46,6 +48,8 @@ def test_losses_are_those_of_the_file(group, place, name) -> None:  # noqa: F811
     if os.environ.get("ORTHOGON_WRITE_GOLDEN"):
         FILE.write_text(json.dumps({**kept, name: {"cpu": here(), "losses": losses}}, indent=0) + "\n")
         return
-    assert losses == pytest.approx(kept[name]["losses"], rel=TOLERANCE)
+    alike, tolerance = CHOOSES.get(name, (STEPS, TOLERANCE))
+    assert losses[:alike] == pytest.approx(kept[name]["losses"][:alike], rel=TOLERANCE)
+    assert losses == pytest.approx(kept[name]["losses"], rel=tolerance)
     if kept[name]["cpu"] == here():
         assert losses == kept[name]["losses"]

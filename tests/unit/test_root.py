@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.optimizer_tables import gaussian_spectrum
 from trainer.optim import ROOT, Muon
-from trainer.optim.polar import Schedule
+from trainer.optim.polar import Schedule, polar, squares, unsound
 from trainer.optim.root import clipped, threshold
 from trainer.optim.root_tables import FITTED, PUBLISHED, SAFETY, for_shape
 
@@ -114,11 +114,25 @@ def test_the_nearest_aspect_ratio_is_taken() -> None:
         assert for_shape("fitted", rows, columns)[1] is FITTED[aspect]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("aspect", FITTED)
+def test_half_precision_blows_up_no_small_matrix_and_none_of_rank_one(aspect, dtype) -> None:
+    """Their largest singular value is nearly their norm; at a safety of 1.02 one 1 x 9 matrix in six was rejected."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((1, 1), (1, 3), (1, 9), (1, 64), (2, 2), (3, 10)):
+        x = torch.randn(4000, rows, columns, generator=generator)
+        o = polar(x, (SAFETY, FITTED[aspect]), dtype)
+        assert not unsound(squares(o, -1).sum(dim=(-2, -1)), o.shape).any(), (rows, columns)
+    x = torch.randn(40, 64, 1, generator=generator) @ torch.randn(40, 1, 48, generator=generator)
+    assert torch.linalg.matrix_norm(polar(x, (SAFETY, FITTED[aspect]), dtype).float(), ord=2).max() < 1.2
+
+
 @pytest.mark.parametrize("swell", [1.0, 1.01])
 @pytest.mark.parametrize("aspect", FITTED)
 def test_fitted_coefficients_keep_their_bounds(aspect, swell) -> None:
-    """A slope at zero of Muon's triple or more; no matrix of rank one blows up or turns round, rounded to bf16 or not."""
-    value, high = np.linspace(1e-4, 1, 100_000) / SAFETY, 0.0
+    """A slope at zero of Muon's triple or more; no matrix of rank one blows up or turns round, rounded to bf16 or not, even where
+    its norm is taken for 4.9% less than it is."""
+    value, high = np.linspace(1e-4, 1.049, 100_000) / SAFETY, 0.0
     for a, b, c in FITTED[aspect]:
         value = swell * (a * value + b * value**3 + c * value**5)
         high = max(high, float(np.abs(value).max()))

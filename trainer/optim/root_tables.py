@@ -16,8 +16,11 @@ PUBLISHED: dict[tuple[int, int], tuple[float, float, float]] = {
 
 STEPS = 5  # of all of them
 
-# Longer side over the shorter: the steps that `benchmarks/fit_polar.py` finds.
-SAFETY = 1.02
+SAFETY = 1.07
+"""What norms are multiplied by: 5% more than the fit assumes. Its steps are so steep at a singular value of 1 that half precision, which
+rounds a norm, would throw one matrix of rank one in six out of the interval in which they converge, and it would blow up."""
+
+# Longer side over the shorter: the steps that `benchmarks/fit_polar.py` finds, for norms times 1.02.
 FITTED: dict[float, Steps] = {
     1.0: (
         (8.4781, -26.171, 20.2089),
