@@ -95,7 +95,11 @@ def judged(results: dict[str, Any]) -> str:
         came = "not run" if one.held is None else "held" if one.held else "**failed**"
         value = "" if one.value is None else f"{one.value:+.4f}"
         rows.append([one.number, one.claim, "hard" if one.hard else "soft", f"{one.least:+.2f}", value, came])
-    return table(["", "claim", "", "at least", "seen", ""], rows)
+    told = (
+        "Registered for this miniature on WikiText-2 before it was run: the hard ones are claims there, and on other text they are told like\n"
+        "the soft ones. Nothing is claimed of exponents and limits (11).\n"
+    )
+    return "\n".join((told, table(["", "claim", "", "at least", "seen", ""], rows)))
 
 
 def searches(results: dict[str, Any]) -> str:
