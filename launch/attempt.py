@@ -100,7 +100,7 @@ def silent(logs: Path, asked: bool, checkpoint: int, ended: str = "") -> dict[st
     elif asked and evidence.steps_done(logs) <= checkpoint:
         outcome, message = Outcome.PREEMPTED, "a signal came before the first step; nothing is lost"
     elif ended:
-        message = f"no outcome was written; torchrun was ended: {ended}"
+        message = f"no outcome was written; the launcher ended the attempt: {ended}"
     else:
         message = "no outcome was written: the ranks were killed"
     return {"outcome": outcome.value, "exit_code": outcome.code, "message": message, "time": time.time()}

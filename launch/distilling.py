@@ -152,20 +152,35 @@ def student_of_text(config: RunConfig, table: Path, share: Fraction) -> RunConfi
     return configuration.parse({**raw, "data": {**rest, "mixture": mixture, "tokenizer": tokenizer}, "train": train})
 
 
-def without_real_text(student: RunConfig, drawn: int, share: Fraction) -> RunConfig:
+def stream_sequences(config: RunConfig, teacher: Ensemble, runs: Path, share: Fraction) -> int:
+    """Sequences of the whole stream of a student of text: real ones and synthetic ones.
+
+    Raises:
+        RunError: as `recipe.config_of`.
+    """
+    from trainer.config_data import weights_of
+    from trainer.data.mixture import Passes
+    from trainer.derive import derive
+
+    student = student_of_text(config, Path(SYNTHETIC), share)
+    sizes = {name: _size(teacher, runs, name) for name in weights_of(student.data)}
+    return derive(student, 1, Passes(weights_of(student.data), sizes)).sequences
+
+
+def without_real_text(student: RunConfig, sequences: int) -> RunConfig:
     """The student of `student_of_text` on synthetic text alone, in as many steps: the control of what real text is worth.
 
     Real text keeps its place in validation, with the weight 0.
 
     Args:
-        drawn: synthetic tokens that the student of the mixture draws (`needed_tokens`).
+        sequences: of the whole stream of that student (`stream_sequences`).
     """
     from trainer import config as configuration
 
     raw = configuration.resolved(student)
     for name, source in raw["data"]["mixture"].items():
         source.update({"weight": "1"} if name == SYNTHETIC else {"weight": "0", "subset_tokens": None})
-    raw["train"]["length"] = f"{math.ceil(drawn / share)} tokens"
+    raw["train"]["length"] = f"{sequences * student.data.sequence_length} tokens"
     return configuration.parse(raw)
 
 
@@ -181,12 +196,18 @@ def _length(config: RunConfig, share: Fraction) -> str:
 
 def _sequences(config: RunConfig, teacher: Ensemble, runs: Path, name: str) -> Fraction:
     """Sequences of the real stream in one pass over its source `name`, from what the teacher's checkpoint recorded."""
-    from trainer.checkpoint import manifest as manifests
     from trainer.config_data import weights_of
+
+    weights = weights_of(config.data)
+    weight = weights[name] if name in weights else Fraction(1)
+    return Fraction(_size(teacher, runs, name)) / weight
+
+
+def _size(teacher: Ensemble, runs: Path, name: str) -> int:
+    """Sequences of a source that the teacher was trained on; those of its only one go by any name."""
+    from trainer.checkpoint import manifest as manifests
 
     first = teacher.members[0]
     sources = manifests.read(manifests.find(runs / first.run, first.step)).state["data"]["sources"]
     found = sources[name] if name in sources else next(iter(sources.values()))
-    weights = weights_of(config.data)
-    weight = weights[name] if name in weights else Fraction(1)
-    return Fraction(found.get("subset", found["sequences"])) / weight
+    return int(found.get("subset", found["sequences"]))

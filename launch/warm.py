@@ -31,7 +31,6 @@ MODULES = (
     "matplotlib.pyplot", "tokenizers", "safetensors.torch", "rich.console", "tyro",
 )  # fmt: skip
 """What runs and their commands import, but for what starts threads (`datasets`)."""
-LONGEST = 1 << 20  # bytes of a request
 _keeper: Keeper | None = None
 
 
@@ -50,6 +49,8 @@ class Keeper:
                 stdin=subprocess.DEVNULL, start_new_session=True, env=process.environment(OPENBLAS_NUM_THREADS="1"),
             )  # fmt: skip
         self._one_at_a_time = threading.Lock()
+        self.commands: set[int] = set()
+        """Pids of commands that somebody waits for."""
 
     def start(self, words: list[str], out: IO[Any], err: IO[Any], environment: Mapping[str, str], *fds: int) -> int:
         """Begin `orthogon WORDS` in a session of its own; returns its pid. The last of `fds`, if any, gets its exit code.
@@ -58,9 +59,14 @@ class Keeper:
             Gone: there is no warm process any more.
         """
         request = json.dumps({"words": words, "environment": dict(environment), "folder": os.getcwd()}).encode()
-        with self._one_at_a_time:
+        with (
+            self._one_at_a_time,
+            open(os.memfd_create("request"), "w+b") as file,
+        ):  # an environment can be longer than a message
+            file.write(request)
+            file.seek(0)
             try:
-                socket.send_fds(self._channel, [request], [out.fileno(), err.fileno(), *fds])
+                socket.send_fds(self._channel, [b"fork"], [file.fileno(), out.fileno(), err.fileno(), *fds])
                 answer = self._channel.recv(32)
             except OSError as error:
                 raise Gone(str(error)) from None
@@ -121,13 +127,15 @@ def command(words: list[str]) -> subprocess.CompletedProcess[str]:
                 _lost(gone)
             else:
                 os.close(theirs)
+                keeper.commands.add(pid)
                 try:
                     with os.fdopen(ours) as told:
                         code = int(told.read() or -signal.SIGKILL)
                 except BaseException:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGTERM)
+                    end_commands()
                     raise
+                finally:
+                    keeper.commands.discard(pid)
                 texts = []
                 for file in (out, err):
                     file.seek(0)
@@ -137,6 +145,13 @@ def command(words: list[str]) -> subprocess.CompletedProcess[str]:
             os.close(theirs)
     line = [sys.executable, "-m", "launch.cli", *words]
     return subprocess.run(line, capture_output=True, text=True, env=process.environment(), check=False)
+
+
+def end_commands() -> None:
+    """End the commands that are under way: no signal of a terminal reaches them, who are in sessions of their own."""
+    for pid in [*_keeper.commands] if _keeper is not None else []:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 def _lost(gone: Gone) -> None:
@@ -160,13 +175,14 @@ def serve(channel: socket.socket) -> None:
     closed = select.poll()
     closed.register(channel, 0)  # POLLHUP alone
     while True:
-        data, fds, _, _ = socket.recv_fds(channel, LONGEST, 3)
+        data, fds, _, _ = socket.recv_fds(channel, 16, 4)
         if not data or closed.poll(0):  # who asked is gone: nobody would know of what it asked for
             return
         pid = os.fork()
         if not pid:
             channel.close()
-            _become(json.loads(data), *fds)
+            with open(fds[0], "rb", closefd=False) as file:
+                _become(json.load(file), *fds[1:])
         for fd in fds:
             os.close(fd)
         channel.send(str(pid).encode())

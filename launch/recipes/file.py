@@ -48,7 +48,7 @@ class Regularized:
     most_runs: Annotated[int, Field(gt=0)] | None = None
     """Runs that one search starts at most; it ends without a certificate then."""
     row: bool = False
-    """Also train every weight decay at the optimum of a full search: the whole curve over the decay, ends included."""
+    """Also train every weight decay at the certified optimum of a full search: the whole curve over the decay, ends included."""
     most_epochs: Above = 64.0
     most_lr: Above = 0.03
 

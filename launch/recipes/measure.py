@@ -108,4 +108,9 @@ class Measure:
             return found
 
         with ThreadPoolExecutor(max(at_once, 1)) as pool:
-            return dict(zip(names, pool.map(one, names), strict=True))
+            try:
+                return dict(zip(names, pool.map(one, names), strict=True))
+            except BaseException:  # Ctrl-C reaches this thread alone
+                pool.shutdown(wait=False, cancel_futures=True)
+                warm.end_commands()
+                raise

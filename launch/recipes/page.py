@@ -92,7 +92,7 @@ def judged(results: dict[str, Any]) -> str:
     """How the inequalities came out."""
     rows = []
     for one in judge(results):
-        came = "not run" if one.held is None else "held" if one.held else "**failed**"
+        came = "no value" if one.held is None else "held" if one.held else "**failed**"
         value = "" if one.value is None else f"{one.value:+.4f}"
         rows.append([one.number, one.claim, "hard" if one.hard else "soft", f"{one.least:+.2f}", value, came])
     told = (

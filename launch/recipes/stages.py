@@ -6,7 +6,6 @@ through a backend; sampling, caches, evaluations and laws are computed on this m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -184,9 +183,11 @@ def run_all(work: Work, name: str, configs: list[RunConfig], fine: Sequence[str]
         return
     driver = Driver(of_runs(name, configs), work.backend, work.options, work.say)
     code = drive(driver, work.at_once)
+    codes = {outcome.value: outcome.code for outcome in Outcome}
     for run, why in driver.failed.items():
-        if tuning.state_of(driver.graph.nodes[run]) not in fine:
-            raise Stopped(f"{run}: {why}", code)
+        state = tuning.state_of(driver.graph.nodes[run])
+        if state not in fine:
+            raise Stopped(f"{run}: {why}", codes.get(state, code))
 
 
 def taught(work: Work, cell: made.Cell, name: str, one: Student) -> list[RunConfig]:
@@ -209,17 +210,27 @@ def with_text(work: Work, teacher: str, one: Student, config: RunConfig) -> RunC
     """The student with its synthetic text, which is sampled if it is not there."""
     share, ensemble = distilling.share_of(one.share), texts.teacher_of(work.runs, teacher)
     distilling.check_teacher(config, ensemble, work.runs)
-    drawn = distilling.needed_tokens(config, ensemble, work.runs, share)
+    stream = distilling.stream_sequences(config, ensemble, work.runs, share)
     alone = one.kind == "synthetic"
-    tokens = one.tokens or (math.ceil(drawn / share) if alone else drawn)
+    needed = (
+        stream * config.data.sequence_length if alone else distilling.needed_tokens(config, ensemble, work.runs, share)
+    )
     recipe = texts.recipe(
-        work.runs, ensemble, "pool", tokens=tokens, batch=128, seed=0, temperature=1.0, top_k=None, top_p=1.0
+        work.runs,
+        ensemble,
+        "pool",
+        tokens=one.tokens or needed,
+        batch=128,
+        seed=0,
+        temperature=1.0,
+        top_k=None,
+        top_p=1.0,
     )
     table = distilling.table_of(work.runs, recipe)
     work.say(f"synthetic text of {teacher}: {table}")
     distilling.sampled(table, recipe, work.runs, [])
     student = distilling.student_of_text(config, table, share)
-    return distilling.without_real_text(student, drawn, share) if alone else student
+    return distilling.without_real_text(student, stream) if alone else student
 
 
 def with_cache(work: Work, teacher: str, one: Student, configs: list[RunConfig]) -> list[RunConfig]:

@@ -191,7 +191,7 @@ def test_the_pilot_keeps_the_registered_inequalities(results) -> None:
     assert [n for n, one in judged.items() if one.held is None] == ["8", "10"]
     text = page.page(results, True)
     assert "| 1 | regularized is below the best standard run | hard | +0.10 | +0.2480 | held |" in text
-    assert "| 8 | synthetic text alone is worse than mixed | soft | +0.20 |  | not run |" in text
+    assert "| 8 | synthetic text alone is worse than mixed | soft | +0.20 |  | no value |" in text
     assert "No law in sizes" in text
     for name in results["runs"]:
         assert name in text

@@ -279,15 +279,21 @@ def test_lengths_and_mixtures_of_a_student(tmp_path) -> None:
         distilling.student_of_text(config(tmp_path, "2 steps", taken), Path("t"), Fraction(1, 2))
 
 
-def test_synthetic_text_alone_takes_as_many_steps_as_the_mixture_and_keeps_real_text_to_validate_on(tmp_path) -> None:
-    for length, share, drawn, expected in (
-        ("3 epochs", Fraction(3, 4), 2880, "3840 tokens"), ("10 steps", Fraction(3, 10), 549, "1830 tokens"),
-    ):  # fmt: skip
-        mixed = distilling.student_of_text(config(tmp_path, length), Path("t"), share)
-        alone = distilling.without_real_text(mixed, drawn, share)
-        assert (configuration_weights(alone), alone.train.length) == ({"real": 0, "synthetic": 1}, expected)
-        assert (alone.data.mixture["real"].path, alone.data.mixture["real"].subset_tokens) == ("a.txt", None)
-        assert replace(alone, data=mixed.data, train=mixed.train) == mixed
+@pytest.mark.parametrize("length", ["3 epochs", "1 epochs", "7 steps", "100 steps", "1k tokens"])
+@pytest.mark.parametrize("share", ["3/4", "1/10", "0.35", "9/10"])
+def test_synthetic_text_alone_takes_as_many_steps_as_the_mixture_and_keeps_real_text_to_validate_on(
+    length, share, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(distilling, "_size", lambda teacher, runs, name: 20)
+    plain, w = config(tmp_path, length), distilling.share_of(share)
+    mixed = distilling.student_of_text(plain, Path("t"), w)
+    alone = distilling.without_real_text(mixed, distilling.stream_sequences(plain, None, tmp_path, w))
+    assert configuration_weights(alone) == {"real": 0, "synthetic": 1}
+    sizes = {"real": 20, "synthetic": 33}
+    steps = [derive(one, 1, Passes(configuration_weights(one), sizes)).steps for one in (mixed, alone)]
+    assert steps[0] == steps[1]
+    assert (alone.data.mixture["real"].path, alone.data.mixture["real"].subset_tokens) == ("a.txt", None)
+    assert replace(alone, data=mixed.data, train=mixed.train) == mixed
 
 
 @pytest.mark.parametrize("share", ["1", "0", "-0.5", "1.5", "half", "1/1"])
