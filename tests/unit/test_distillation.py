@@ -108,7 +108,7 @@ def test_padded_columns_have_no_probability_and_what_a_teacher_says_there_change
     assert by_head[REAL:].abs().max() == 0.0
     wrong = Mix(1.0, 1.0, PADDED, 5, 4)  # negative control: padded columns taken for tokens
     wide = Dense(target.states, Heads(target.heads.matrix, target.heads.biases, 3, PADDED, False))
-    assert abs(float(mixed_loss(hidden, TARGETS, head, wide, wrong)) - float(found[0])) > 1e-3
+    assert abs((mixed_loss(hidden, TARGETS, head, wide, wrong) - found[0]).item()) > 1e-3
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
