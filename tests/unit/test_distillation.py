@@ -119,10 +119,10 @@ def test_a_teacher_that_is_the_student_is_at_distance_zero_with_no_gradient(memb
     target = Dense(hidden.detach().repeat(1, members), heads)
     loss = mixed_loss(hidden, TARGETS, head, target, mix(1.0, temperature))
     bound = 0.0 if members == 1 else 1e-5
-    assert abs(float(loss)) <= bound
+    assert abs(loss.item()) <= bound
     assert all(g.abs().max() <= bound for g in gradients(loss, hidden, head))
     head.weight.data[3] += 0.1  # negative control
-    assert float(mixed_loss(hidden, TARGETS, head, target, mix(1.0, temperature))) > 1e-3
+    assert mixed_loss(hidden, TARGETS, head, target, mix(1.0, temperature)).item() > 1e-3
 
 
 def test_a_teacher_that_is_sure_is_the_text() -> None:
@@ -132,7 +132,7 @@ def test_a_teacher_that_is_sure_is_the_text() -> None:
     q = head(hidden)[:, :REAL]
     expected = cross_entropy(q, TARGETS)
     loss = mixed_loss(hidden, TARGETS, head, one_hot, mix(1.0))
-    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     for found, true in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
         assert (found - true).abs().max() <= 1e-12
 
@@ -141,7 +141,7 @@ def test_alpha_0_is_the_cross_entropy_of_all_columns() -> None:
     hidden, head = student()
     expected = cross_entropy(head(hidden), TARGETS)
     loss = mixed_loss(hidden, TARGETS, head, teacher(), mix(0.0))
-    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     for found, true in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
         assert (found - true).abs().max() <= 1e-12
 
