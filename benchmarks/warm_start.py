@@ -27,7 +27,7 @@ parallel: {name: single}
 resources: {ranks: 1, device: cpu}
 finish: {export: false}
 """
-GRID = (
+GRID = [
     "tune",
     "run.yaml",
     "--method=grid",
@@ -40,7 +40,7 @@ GRID = (
     "--weight-decay",
     "0.1",
     "--at-once=2",
-)
+]
 COLD = "import contextlib, launch.warm; launch.warm.kept = lambda worth: contextlib.nullcontext()"
 WAYS = {"started anew": COLD, "forked": "pass"}
 

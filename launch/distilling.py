@@ -101,12 +101,15 @@ def check_teacher(config: RunConfig, teacher: Ensemble, runs: Path) -> None:
             )
 
 
-def needed_tokens(config: RunConfig, teacher: Ensemble, runs: Path, share: Fraction) -> int:
-    """Synthetic tokens that a student draws in all, so that a pool of as many is passed once.
+def needed_tokens(config: RunConfig, teacher: Ensemble, runs: Path, share: Fraction, alone: bool = False) -> int:
+    """Synthetic tokens that a student draws in all, so that a pool of as many is passed once; `alone`: one without real text,
+    which draws all tokens of the mixture's stream.
 
     Raises:
         RunError: as `recipe.config_of`.
     """
+    if alone:
+        return _stream(config, teacher, runs, share) * config.data.sequence_length
     number, unit = split_length(config.train.length)
     if unit == "tokens":
         real = Fraction(math.ceil(number / config.data.sequence_length))
@@ -152,35 +155,20 @@ def student_of_text(config: RunConfig, table: Path, share: Fraction) -> RunConfi
     return configuration.parse({**raw, "data": {**rest, "mixture": mixture, "tokenizer": tokenizer}, "train": train})
 
 
-def stream_sequences(config: RunConfig, teacher: Ensemble, runs: Path, share: Fraction) -> int:
-    """Sequences of the whole stream of a student of text: real ones and synthetic ones.
-
-    Raises:
-        RunError: as `recipe.config_of`.
-    """
-    from trainer.config_data import weights_of
-    from trainer.data.mixture import Passes
-    from trainer.derive import derive
-
-    student = student_of_text(config, Path(SYNTHETIC), share)
-    sizes = {name: _size(teacher, runs, name) for name in weights_of(student.data)}
-    return derive(student, 1, Passes(weights_of(student.data), sizes)).sequences
-
-
-def without_real_text(student: RunConfig, sequences: int) -> RunConfig:
+def without_real_text(student: RunConfig, tokens: int) -> RunConfig:
     """The student of `student_of_text` on synthetic text alone, in as many steps: the control of what real text is worth.
 
     Real text keeps its place in validation, with the weight 0.
 
     Args:
-        sequences: of the whole stream of that student (`stream_sequences`).
+        tokens: of the whole stream of that student (`needed_tokens`, alone).
     """
     from trainer import config as configuration
 
     raw = configuration.resolved(student)
     for name, source in raw["data"]["mixture"].items():
         source.update({"weight": "1"} if name == SYNTHETIC else {"weight": "0", "subset_tokens": None})
-    raw["train"]["length"] = f"{sequences * student.data.sequence_length} tokens"
+    raw["train"]["length"] = f"{tokens} tokens"
     return configuration.parse(raw)
 
 
@@ -192,6 +180,17 @@ def _length(config: RunConfig, share: Fraction) -> str:
     if unit.startswith("epochs"):
         return config.train.length
     return f"{math.ceil(Fraction(int(number)) / (1 - share))} {unit}"
+
+
+def _stream(config: RunConfig, teacher: Ensemble, runs: Path, share: Fraction) -> int:
+    """Sequences of the whole stream of a student of text: real ones and synthetic ones."""
+    from trainer.config_data import weights_of
+    from trainer.data.mixture import Passes
+    from trainer.derive import derive
+
+    student = student_of_text(config, Path(SYNTHETIC), share)
+    sizes = {name: _size(teacher, runs, name) for name in weights_of(student.data)}
+    return derive(student, 1, Passes(weights_of(student.data), sizes)).sequences
 
 
 def _sequences(config: RunConfig, teacher: Ensemble, runs: Path, name: str) -> Fraction:

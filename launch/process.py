@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from launch import children, forks
 from trainer import runfolder
@@ -49,14 +50,16 @@ def wait(child: children.Child) -> tuple[int, int | None]:
 
 def task(*arguments: str) -> int:
     """Run a task that needs torch, `python -m trainer TASK`, in a process of its own; returns its exit code."""
-    child: children.Child
-    if forks.inside:
-        child = forks.task(list(arguments), None, environment())
-    else:
-        line = [sys.executable, "-m", "trainer", *arguments]
-        child = subprocess.Popen(line, env=environment(), start_new_session=True)
-    code, passed = wait(child)
+    code, passed = wait(begin(arguments, environment()))
     return 128 + passed if passed and code else code
+
+
+def begin(words: Sequence[str], environment: Mapping[str, str], log: IO[str] | None = None) -> children.Child:
+    """`python -m trainer WORDS` in a session of its own, its stderr in `log`: a fork where this process has all imports."""
+    if forks.inside:
+        return forks.task([*words], log, environment)
+    line = [sys.executable, "-m", "trainer", *words]
+    return subprocess.Popen(line, stderr=log, env=dict(environment), start_new_session=True)
 
 
 def run_folder(name: str, runs: Path) -> Path:

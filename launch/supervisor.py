@@ -66,9 +66,8 @@ def one(config: RunConfig, folder: Path, asked: children.Asked, *options: str) -
         except BaseException:
             children.end(child)
             raise
-        if (
-            not ended and isinstance(child, children.Forked) and child.returncode
-        ):  # in torchrun's words, which `evidence` reads
+        if not ended and isinstance(child, children.Forked) and child.returncode:
+            # In torchrun's words, which `evidence` reads.
             log.write(f"failed (exitcode: {child.returncode}) local_rank: 0 (pid: {child.pid})\n")
     return attempt.close(folder, number, asked.signal is not None, began, ended)
 

@@ -59,11 +59,8 @@ class Keeper:
             Gone: there is no warm process any more.
         """
         request = json.dumps({"words": words, "environment": dict(environment), "folder": os.getcwd()}).encode()
-        with (
-            self._one_at_a_time,
-            open(os.memfd_create("request"), "w+b") as file,
-        ):  # an environment can be longer than a message
-            file.write(request)
+        with self._one_at_a_time, open(os.memfd_create("request"), "w+b") as file:
+            file.write(request)  # not into the message: an environment can be longer than one
             file.seek(0)
             try:
                 socket.send_fds(self._channel, [b"fork"], [file.fileno(), out.fileno(), err.fileno(), *fds])

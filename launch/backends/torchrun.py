@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import attempt, children, evidence, forks, handles, process, warm
+from launch import attempt, children, evidence, handles, process, warm
 from launch.retry import RESTARTS
 from trainer import lock
 from trainer.files import write_json
@@ -229,13 +229,12 @@ def answer(config: RunConfig, *task: str, alone: bool = False) -> Any:
     """
     folder = Path(tempfile.mkdtemp(prefix="orthogon-"))
     task = (*task, f"--answer={folder}")
-    one = alone or ranks(config) == 1
     child: children.Child
     with open(folder / "task.log", "w", encoding="utf-8") as log:
-        if one and forks.inside:
-            child = forks.task(list(task), log, variables(config))
+        if alone or ranks(config) == 1:
+            child = process.begin(task, variables(config), log)
         else:
-            line = [sys.executable, "-m", "trainer", *task] if one else command(config, *task)
+            line = command(config, *task)
             child = subprocess.Popen(line, stderr=log, env=variables(config), start_new_session=True)
         _, passed = process.wait(child)
     if passed is None and (folder / "answer.json").exists():

@@ -79,18 +79,9 @@ class Measure:
         """`orthogon ensemble evaluate` of an ensemble and its subsets."""
         members = [member.manifest_sha256 for member in manifest.read(self.runs, name).members]
         facts = {"members": members, "split": split}
-        words = (
-            "ensemble",
-            "evaluate",
-            name,
-            "--split",
-            split,
-            "--json",
-            "--runs",
-            str(self.runs),
-            *self._asked(facts),
-        )
-        found: dict[str, Any] = self.kept(f"ensemble-{name}-{split}", facts, partial(self.answer, *words))
+        asked = self._asked(facts)
+        words = ("ensemble", "evaluate", name, "--split", split, "--json", "--runs", str(self.runs))
+        found: dict[str, Any] = self.kept(f"ensemble-{name}-{split}", facts, partial(self.answer, *words, *asked))
         return found
 
     def _asked(self, facts: dict[str, Any]) -> list[str]:

@@ -52,15 +52,8 @@ def main_table(results: dict[str, Any]) -> str:
     for stage in ("standard", "regularized"):
         for cell, found in results[stage].items():
             run = results["runs"][found["point"]["run"]]
-            rows.append(
-                [
-                    f"{stage}, {of(results, cell)}",
-                    number(run["loss"]),
-                    settings(run),
-                    run["run"],
-                    *right([run.get("tasks", {})]),
-                ]
-            )
+            told = [f"{stage}, {of(results, cell)}", number(run["loss"]), settings(run), run["run"]]
+            rows.append([*told, *right([run.get("tasks", {})])])
     for name, one in results["ensembles"].items():
         last = one["curves"]["logit mean"][-1]
         low, high = last["interval"]
@@ -76,15 +69,8 @@ def main_table(results: dict[str, Any]) -> str:
         ])  # fmt: skip
     for run, student in results["students"].items():
         found = results["runs"][run]
-        rows.append(
-            [
-                f"student {student['student']} of {student['teacher']}",
-                number(found["loss"]),
-                settings(found),
-                run,
-                *right([found.get("tasks", {})]),
-            ]
-        )
+        told = [f"student {student['student']} of {student['teacher']}", number(found["loss"]), settings(found), run]
+        rows.append([*told, *right([found.get("tasks", {})])])
     return table(["what", "loss", "settings", "runs", *(f"accuracy, {task}" for task in names)], rows)
 
 

@@ -72,17 +72,15 @@ def collect(work: Work) -> dict[str, Any]:
 
 
 def listed(work: Work) -> Iterable[dict[str, Any]]:
-    """A row for every run that finished, by stage."""
+    """A row for every run that finished, by stage; twice, and the same, for one that a search and the whole curve have."""
     for stage in ("standard", "regularized"):
         for cell, certificate in getattr(work, stage).items():
             for one in certificate.cells:
                 if one["loss"] is not None:
                     yield row(work.runs, one["run"], stage, cell)
-    searched = {one["run"] for found in work.regularized.values() for one in found.cells if one["loss"] is not None}
     for cell, names in work.rows.items():
         for name in names:
-            if name not in searched:
-                yield row(work.runs, name, "regularized", cell)
+            yield row(work.runs, name, "regularized", cell)
     tuned = {certificate.point["run"] for certificate in work.regularized.values()}
     for ensemble in work.ensembles.values():
         for run in ensemble["members"]:

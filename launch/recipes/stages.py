@@ -210,27 +210,16 @@ def with_text(work: Work, teacher: str, one: Student, config: RunConfig) -> RunC
     """The student with its synthetic text, which is sampled if it is not there."""
     share, ensemble = distilling.share_of(one.share), texts.teacher_of(work.runs, teacher)
     distilling.check_teacher(config, ensemble, work.runs)
-    stream = distilling.stream_sequences(config, ensemble, work.runs, share)
     alone = one.kind == "synthetic"
-    needed = (
-        stream * config.data.sequence_length if alone else distilling.needed_tokens(config, ensemble, work.runs, share)
-    )
+    needed = distilling.needed_tokens(config, ensemble, work.runs, share, alone)
     recipe = texts.recipe(
-        work.runs,
-        ensemble,
-        "pool",
-        tokens=one.tokens or needed,
-        batch=128,
-        seed=0,
-        temperature=1.0,
-        top_k=None,
-        top_p=1.0,
-    )
+        work.runs, ensemble, "pool", tokens=one.tokens or needed, batch=128, seed=0, temperature=1.0, top_k=None, top_p=1.0
+    )  # fmt: skip
     table = distilling.table_of(work.runs, recipe)
     work.say(f"synthetic text of {teacher}: {table}")
     distilling.sampled(table, recipe, work.runs, [])
     student = distilling.student_of_text(config, table, share)
-    return distilling.without_real_text(student, stream) if alone else student
+    return distilling.without_real_text(student, needed) if alone else student
 
 
 def with_cache(work: Work, teacher: str, one: Student, configs: list[RunConfig]) -> list[RunConfig]:

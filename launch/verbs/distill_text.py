@@ -124,11 +124,7 @@ class Text:
         runs = Path(config.runs)
         teacher = recipe.teacher_of(runs, self.teacher)
         distilling.check_teacher(config, teacher, runs)
-        if self.alone:
-            sequences = distilling.stream_sequences(config, teacher, runs, share)
-            needed = sequences * config.data.sequence_length
-        else:
-            needed = distilling.needed_tokens(config, teacher, runs, share)
+        needed = distilling.needed_tokens(config, teacher, runs, share, self.alone)
         made = recipe.recipe(
             runs, teacher, self.mode, tokens=needed if self.tokens is None else count(self.tokens), batch=self.batch,
             seed=self.sample_seed, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
@@ -136,7 +132,7 @@ class Text:
         table = distilling.table_of(runs, made)
         student = distilling.student_of_text(config, table, share)
         if self.alone:
-            student, share = distilling.without_real_text(student, sequences), Fraction(1)
+            student, share = distilling.without_real_text(student, needed), Fraction(1)
         print(
             f"student {student.name}: {student.train.length}, synthetic share {share}; synthetic pool of {made.tokens:,} tokens, "
             f"{needed:,} drawn; synthetic pool passes: {needed / made.tokens:.2f}"

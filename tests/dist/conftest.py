@@ -57,6 +57,14 @@ resources: {{device: cpu, ranks: 2}}
 """
 
 
+def calm_run(folder: Path, ranks: int = 2) -> str:
+    """The file of the tiny run without validation and samples, saved every 4 steps, on a text that is written here."""
+    lines = [f"Line {i} tells of {i * i} things, of {i % 7} days and of {i % 5} seas." for i in range(200)]
+    (folder / "corpus.txt").write_text("\n\n".join(lines))
+    calm = TINY.replace('evaluate: {{every: 5 steps, tokens: 6, prompts: ["the sea", "of"]}}', "evaluate: {{every: 1000 steps}}")
+    return calm.format(folder=folder).replace("ranks: 2", f"ranks: {ranks}").replace("every: 5 steps", "every: 4 steps")
+
+
 @pytest.fixture(scope="session")
 def tiny(group: Groups, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     place = tmp_path_factory.mktemp("tiny")

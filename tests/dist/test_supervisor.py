@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.conftest import TINY
+from tests.dist.conftest import calm_run
 from launch import evidence
 from trainer import config as configuration
 from trainer import runfolder
@@ -43,11 +43,7 @@ torchrun.attempt_command = lambda config, folder, number: [sys.executable, "-c",
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("supervised")
-    lines = [f"Line {i} tells of {i * i} things, of {i % 7} days and of {i % 5} seas." for i in range(200)]
-    (folder / "corpus.txt").write_text("\n\n".join(lines))
-    calm = TINY.replace('evaluate: {{every: 5 steps, tokens: 6, prompts: ["the sea", "of"]}}', "evaluate: {{every: 1000 steps}}")
-    text = calm.format(folder=folder).replace("every: 5 steps", "every: 4 steps")
-    (folder / "run.yaml").write_text(text)
+    (folder / "run.yaml").write_text(calm_run(folder))
     return folder
 
 

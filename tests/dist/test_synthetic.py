@@ -216,7 +216,7 @@ def test_a_student_is_trained_by_one_command_and_validated_on_real_text(tiny, ru
     assert "validation_sources" not in validation
     plain = group(1, bodies_tools.evaluate, str(runs / "reader"), [], [])[0]["validation"]
     assert plain["loss"] == pytest.approx(validation["validation_loss"], abs=1e-6)
-    control = distilling.without_real_text(config, 64)
+    control = distilling.without_real_text(config, 1024)
     opened = open_data({name: Path(one["table"]) for name, one in tables.items()}, control.data)
     assert (opened.train.names, list(opened.validation), opened.measured) == (["synthetic"], ["real"], {"real": 1})
     alone = replace(config.data, mixture={"synthetic": replace(config.data.mixture["synthetic"], weight=1.0)})

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from launch import children, evidence, handles, standing, warm
 from launch.backends import torchrun
-from tests.dist.conftest import TINY
+from tests.dist.conftest import calm_run
 from tests.dist.test_cli import ROOT, finished
 from trainer import config as configuration
 from trainer import runfolder
@@ -28,11 +28,7 @@ LONG = "--train.length=100000 steps"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("warm")
-    lines = [f"Line {i} tells of {i * i} things, of {i % 7} days and of {i % 5} seas." for i in range(200)]
-    (folder / "corpus.txt").write_text("\n\n".join(lines))
-    calm = TINY.replace('evaluate: {{every: 5 steps, tokens: 6, prompts: ["the sea", "of"]}}', "evaluate: {{every: 1000 steps}}")
-    text = calm.format(folder=folder).replace("ranks: 2", "ranks: 1").replace("every: 5 steps", "every: 4 steps")
-    (folder / "run.yaml").write_text(text + "finish: {export: false}\n")
+    (folder / "run.yaml").write_text(calm_run(folder, ranks=1) + "finish: {export: false}\n")
     return folder
 
 

@@ -96,9 +96,7 @@ def test_every_stage_makes_its_runs_at_the_optimum() -> None:
     assert search.space.lr == (1e-3, 2e-3, 3e-3, 1e-2)
     row = cells.row(recipe, base, OPTIMUM)
     assert [config.optim.weight_decay for config in row] == recipe.regularized.weight_decay
-    (found,) = (
-        config for config in row if config.name == OPTIMUM["run"]
-    )  # the search's own run, which is not made again
+    (found,) = (config for config in row if config.name == OPTIMUM["run"])  # the search's own, which is not made again
     assert (found.train.length, found.optim.lr) == ("16 epochs", 3e-3)
     student = cells.student(base, "text", recipe.students["text"], OPTIMUM, recipe, 1)
     assert (student.name, student.train.length, student.optim.weight_decay) == ("mini-text-1", "8 epochs", 0.1)

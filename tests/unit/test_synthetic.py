@@ -287,7 +287,7 @@ def test_synthetic_text_alone_takes_as_many_steps_as_the_mixture_and_keeps_real_
     monkeypatch.setattr(distilling, "_size", lambda teacher, runs, name: 20)
     plain, w = config(tmp_path, length), distilling.share_of(share)
     mixed = distilling.student_of_text(plain, Path("t"), w)
-    alone = distilling.without_real_text(mixed, distilling.stream_sequences(plain, None, tmp_path, w))
+    alone = distilling.without_real_text(mixed, distilling.needed_tokens(plain, None, tmp_path, w, alone=True))
     assert configuration_weights(alone) == {"real": 0, "synthetic": 1}
     sizes = {"real": 20, "synthetic": 33}
     steps = [derive(one, 1, Passes(configuration_weights(one), sizes)).steps for one in (mixed, alone)]

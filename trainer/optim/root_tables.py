@@ -18,7 +18,7 @@ STEPS = 5  # of all of them
 
 SAFETY = 1.07
 """What norms are multiplied by: 5% more than the fit assumes. Its steps are so steep at a singular value of 1 that half precision, which
-rounds a norm, would throw one matrix of rank one in six out of the interval in which they converge, and it would blow up."""
+rounds a norm, would throw one 1 x 9 matrix in six out of the interval in which they converge, and it would blow up."""
 
 # Longer side over the shorter: the steps that `benchmarks/fit_polar.py` finds, for norms times 1.02.
 FITTED: dict[float, Steps] = {
