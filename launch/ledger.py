@@ -142,7 +142,7 @@ def rebuild(runs: Path) -> int:
     """Read all runs again, those in `runs` and in the folders that are known; returns how many there are."""
     with opened() as connection:
         parents = {runs.resolve(), *_folders(), *(Path(row["folder"]).parent for row in rows(connection))}
-    found = sorted({path.parent for parent in parents for path in parent.glob("*/config.yaml")})
+    found = sorted({path.parent for parent in parents for path in parent.glob("[!.]*/config.yaml")})
     standings = standing.read_all(found)
     with opened() as connection:
         connection.execute("delete from runs")
@@ -172,7 +172,7 @@ def _sound(folder: Path) -> sqlite3.Connection:
             print(f"note: the ledger was unusable ({error}); it is kept as {aside} and made again", file=sys.stderr)
         connection = _connect(folder / FILE)
         connection.execute("begin immediate")
-        put(connection, standing.read_all(sorted({p.parent for f in _folders() for p in f.glob("*/config.yaml")})))
+        put(connection, standing.read_all(sorted({p.parent for f in _folders() for p in f.glob("[!.]*/config.yaml")})))
         connection.execute("commit")
         return connection
 

@@ -165,8 +165,12 @@ def _time(path: str) -> str:
 
 
 def configured(folder: Path) -> int | None:
-    """The steps of the whole run as its configuration says, where it says steps."""
-    length = re.search(r"^ +length: (\d+) steps$", (folder / "config.yaml").read_text(encoding="utf-8"), re.M)
+    """The steps of the whole run as its configuration says, where it says steps; None too where somebody removes it just now."""
+    try:
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    length = re.search(r"^ +length: (\d+) steps$", text, re.M)
     return int(length[1]) if length else None
 
 

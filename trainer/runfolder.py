@@ -3,6 +3,7 @@ where it is needed."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None = None) -> Path:
     """Make the folder of a new run with `config.yaml` and `run.json`.
 
+    The folder comes into being whole, by a rename: whoever looks meanwhile sees no run, and a kill leaves none by halves.
+
     Args:
         lineage: the run and the checkpoint that it starts from, if it does.
 
@@ -39,15 +42,11 @@ def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None
             where="model.init_from",
             mend="give a folder of weights, a run or a checkpoint",
         )
+    if folder.exists():
+        raise _taken(folder)
+    partial = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except FileExistsError:
-        raise RunError(
-            f"there is a run {config.name} already",
-            where=str(folder),
-            mend=f"go on with `orthogon resume {config.name}`, or choose another name with --name=...",
-        ) from None
+        partial.mkdir(parents=True)
     except OSError as error:
         raise RunError(
             f"the run folder cannot be made: {error.strerror}",
@@ -67,11 +66,14 @@ def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None
     }
     try:
         for name in ("logs", "checkpoints", "figures"):
-            (folder / name).mkdir()
-        write_json(folder / "run.json", record)
-        write_config(folder, config)  # last: it is what makes a folder a run
+            (partial / name).mkdir()
+        write_json(partial / "run.json", record)
+        write_config(partial, config)
+        partial.rename(folder)
     except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was quicker
+            raise _taken(folder) from None
         raise RunError(
             f"the run folder cannot be written: {error.strerror}",
             where=str(folder),
@@ -79,6 +81,17 @@ def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None
             outcome=Outcome.of_errno(error.errno),
         ) from None
     return folder
+
+
+def _taken(folder: Path) -> RunError:
+    """Something of this name is there already."""
+    if (folder / "config.yaml").exists():
+        what = f"there is a run {folder.name} already"
+        mend = f"go on with `orthogon resume {folder.name}`, or choose another name with --name=..."
+    else:
+        what = f"there is a {'folder' if folder.is_dir() else 'file'} {folder.name} already, and it is no run"
+        mend = "remove it, or choose another name with --name=..."
+    return RunError(what, where=str(folder), mend=mend)
 
 
 def no_space(error: OSError) -> bool:
@@ -103,7 +116,7 @@ def check(folder: Path) -> None:
         RunError: there is none; names those beside it.
     """
     if not (folder / "config.yaml").exists():
-        siblings = sorted(p.name for p in folder.parent.glob("*") if (p / "config.yaml").exists())
+        siblings = sorted(p.name for p in folder.parent.glob("[!.]*") if (p / "config.yaml").exists())
         raise RunError(
             f"there is no run {folder.name}",
             where=str(folder.parent),

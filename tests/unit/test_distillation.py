@@ -165,7 +165,7 @@ def test_the_gradient_by_logits_is_q_less_p_by_finite_differences() -> None:
         step = torch.zeros_like(logits)
         step[token, column] = 1e-5
         slope = (loss(logits + step) - loss(logits - step)) / 2e-5
-        assert float(slope) == pytest.approx(float(found[token, column]), abs=1e-8)
+        assert slope.item() == pytest.approx(float(found[token, column]), abs=1e-8)
 
 
 def top(p: torch.Tensor, k: int) -> Sparse:

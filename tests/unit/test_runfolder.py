@@ -1,0 +1,79 @@
+"""The folder of a run comes into being whole, or not at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import ledger, standing
+from trainer import config as configuration
+from trainer import runfolder
+from trainer.config import RunConfig
+from trainer.outcome import RunError
+
+ROOT = Path(__file__).parents[2]
+KILLED = """
+import os, pathlib, sys
+from trainer import config, runfolder
+place, name = {"folders": (pathlib.Path, "mkdir"), "record": (runfolder, "write_json"), "configuration": (runfolder, "write_config"),
+               "rename": (pathlib.Path, "rename")}[sys.argv[1]]
+done = getattr(place, name)
+def die(*given, **options):
+    if name != "rename":
+        done(*given, **options)
+    os._exit(9)
+setattr(place, name, die)
+runfolder.create(config.load(pathlib.Path(sys.argv[2]), sys.argv[3:]), [])
+"""
+
+
+def load(runs: Path, name: str = "r") -> RunConfig:
+    return configuration.load(ROOT / "configs/quickstart.yaml", [f"--runs={runs}", f"--name={name}"])
+
+
+@pytest.mark.parametrize("moment", ["folders", "record", "configuration", "rename"])
+def test_a_kill_while_it_is_made_leaves_no_run_and_stands_in_nobodys_way(tmp_path, monkeypatch, moment) -> None:
+    monkeypatch.setenv("ORTHOGON_STATE", str(tmp_path / "state"))
+    there = runfolder.create(load(tmp_path / "runs", "other"), [])
+    line = [sys.executable, "-c", KILLED, moment, "configs/quickstart.yaml", f"--runs={tmp_path}/runs", "--name=r"]
+    assert subprocess.run(line, cwd=ROOT, timeout=60).returncode == 9
+    with pytest.raises(RunError, match="there is no run r") as caught:
+        runfolder.open_run(tmp_path / "runs/r")
+    assert str(caught.value).endswith("runs there: other")
+    ledger.remember(there)
+    assert [row["name"] for row in ledger.refreshed()] == ["other"]
+    folder = runfolder.create(load(tmp_path / "runs"), [])
+    assert standing.read(folder).state == "new"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "figures",
+        "logs",
+        "run.json",
+    ]
+
+
+def test_what_has_the_name_is_told_for_what_it_is(tmp_path) -> None:
+    runfolder.create(load(tmp_path), [])
+    with pytest.raises(RunError, match="there is a run r already"):
+        runfolder.create(load(tmp_path), [])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/todo.txt").write_text("mine")
+    with pytest.raises(RunError, match="there is a folder notes already, and it is no run"):
+        runfolder.create(load(tmp_path, "notes"), [])
+    (tmp_path / "page").write_text("mine")
+    with pytest.raises(RunError, match="there is a file page already, and it is no run"):
+        runfolder.create(load(tmp_path, "page"), [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "page", "r"], (
+        "nothing of the refused ones is left"
+    )
+    assert (tmp_path / "notes/todo.txt").read_text() == (tmp_path / "page").read_text() == "mine"
+
+
+def test_a_run_that_is_removed_while_it_is_looked_at_stands_as_one_without_steps(tmp_path) -> None:
+    folder = runfolder.create(load(tmp_path), [])
+    (folder / "config.yaml").unlink()
+    assert (standing.read(folder).state, standing.read(folder).steps) == ("new", None)
