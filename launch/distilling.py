@@ -60,7 +60,8 @@ def sampled(folder: Path, recipe: Recipe, runs: Path, overrides: list[str]) -> d
     if recipes.finished(folder, recipe):
         return None
     _, config = process.opened(recipe.members[0].run, runs, overrides)
-    recipes.begin(folder, recipe)
+    if not recipes.begin(folder, recipe):  # another process has finished it while this one waited
+        return None
     found: dict[str, Any] = torchrun.answer(config, "sample", str(folder), *overrides, f"--runs={runs}")
     return found
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from trainer import lock
 from trainer.config import ResourcesConfig
 from trainer.outcome import Outcome, RunError
 
@@ -84,6 +87,19 @@ def on_rank_zero(work: Callable[[], T], patience: timedelta | None = None, group
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+@contextmanager
+def turn(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Only these ranks make what `folder` is to hold; another process, maybe one that an interrupted command left, is waited for.
+
+    Raises:
+        RunError: on all ranks alike: the lock cannot be made.
+    """
+    told = f"waiting for another process that makes {folder}"
+    with ExitStack() as held:
+        on_rank_zero(lambda: held.enter_context(lock.turn(folder, lambda: say(told))), timedelta(days=7))
+        yield
 
 
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

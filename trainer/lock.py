@@ -18,7 +18,8 @@ import socket
 import struct
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,29 @@ class Lock:
             return (record or {}) if held else None
         finally:
             os.close(file)
+
+
+@contextmanager
+def turn(folder: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """One process at a time makes what `folder` is to hold; `wait` tells that another does. Where there are no locks, none waits.
+
+    The lock lies beside the folder, which need not be there yet, and stays: who waits for a removed file waits for nothing.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w", encoding="utf-8") as file:
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
 
 
 def check_free(folder: Path) -> None:

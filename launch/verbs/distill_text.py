@@ -68,7 +68,7 @@ class Sample:
         folder = self.out or table_of(self.runs, made)
         found = sampled(folder, made, self.runs, overrides)
         if self.json:
-            print(json_format.dumps(found or statistics(folder)))
+            print(json_format.dumps(found or recipe.statistics(folder)))
         else:
             show(folder, made, found)
         return 0
@@ -166,16 +166,10 @@ def count(text: str) -> int:
         raise RunError(str(error), where="command line, --tokens", mend="write 4096, 350M or 1B") from None
 
 
-def statistics(folder: Path) -> dict[str, Any]:
-    """What a finished table says of itself."""
-    from trainer.files import read_json
-
-    found: dict[str, Any] = read_json(folder / "table.json")["synthetic"]["statistics"]
-    return {"table": str(folder), **found}
-
-
 def show(folder: Path, made: Recipe, found: dict[str, Any] | None) -> None:
     """Print what was sampled, for people."""
+    from trainer.ensemble.recipe import statistics
+
     if found is None:
         print(f"table {folder} is there already, with these settings")
         found = statistics(folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tests.dist import bodies_distill, bodies_run
 from tests.dist.group import RankFailed
 from tests.dist.strategies import ABSENT
 from tests.dist.test_cli import finished
+from trainer import lock
 from trainer.checkpoint import manifest as manifests
 from trainer.ensemble import manifest
 
@@ -133,6 +136,18 @@ def test_a_cache_has_the_same_bytes_from_any_number_of_ranks_and_goes_on_after_a
     rest = cached(group, tiny, "killed", 2, HIDDEN)
     assert 8 <= rest["before"] < rest["parts"]
     assert files(tiny.place / "killed") == files(Path(hidden))
+
+
+def test_a_cache_that_another_process_makes_is_waited_for(group, tiny, hidden) -> None:
+    folder = tiny.place / "waited"
+    with ThreadPoolExecutor(1) as pool:
+        with lock.turn(folder, lambda: None):
+            found = pool.submit(cached, group, tiny, "waited", 2, HIDDEN)
+            time.sleep(2.0)
+            assert not found.done()
+            assert not folder.exists()
+        assert found.result()["before"] == 0
+    assert files(folder) == files(Path(hidden))
 
 
 def test_a_student_of_hidden_states_is_that_of_live_members(group, tiny, live, hidden) -> None:

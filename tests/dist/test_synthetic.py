@@ -130,6 +130,26 @@ def test_a_killed_sampling_goes_on_with_the_parts_that_are_right(group, runs, po
     assert sha256_file(folder / "train.arrow") == sha256_file(pool / "train.arrow")
 
 
+def test_who_comes_while_a_table_is_made_waits_for_it(group, runs, pool, tmp_path) -> None:
+    folder, made = tmp_path / "slow", made_of(runs, "pool")
+    recipe.begin(folder, made)
+    slow = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder), str(runs)], env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT
+    )
+    until = time.monotonic() + 90
+    while not list(recipe.partial(folder).glob("part-*.json")):
+        assert slow.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    found = group(2, bodies_tools.sample_text, str(folder), str(runs), [], 1)  # no `begin`, which would wait here
+    assert slow.wait(timeout=60) == 0
+    assert [answer["decoded"] for answer in found] == [0, 0]
+    assert found[0]["teacher_loss"] == recipe.statistics(folder)["teacher_loss"]
+    assert sha256_file(folder / "train.arrow") == sha256_file(pool / "train.arrow")
+    assert not recipe.partial(folder).exists()
+    assert not recipe.begin(folder, made)
+
+
 def test_what_is_there_is_not_made_again_and_nothing_is_written_over(runs, pool, tmp_path) -> None:
     made = made_of(runs, "pool")
     assert recipe.finished(pool, made)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from trainer.data.make import FORMAT, Recipe, divided, make_table
 from trainer.data.table import facts_of
 from trainer.data.tokenizer import given_digest, load_tokenizer, train_bpe
 from trainer.files import digest, fsync_file, fsync_folder, read_json, write_json
+from trainer.lock import turn
 from trainer.outcome import Outcome, RunError
 
 # What the documents of a source, and their split, depend on; of the test split only where there is one.
@@ -151,19 +151,13 @@ def _train_tokenizer(config: DataConfig, folder: Path, say: Callable[[str], None
 @contextmanager
 def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Only one process makes what `folder` is to hold; a full disk is a sentence."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.parent / f".{folder.name}.lock", "w")
-    except OSError as error:
-        raise RunError(
-            f"the data folder cannot be written: {error.strerror}", where=str(folder.parent), mend="set data.folder"
-        ) from None
-    with lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that prepares {folder.name}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            held.enter_context(turn(folder, lambda: say(f"waiting for another process that prepares {folder.name}")))
+        except OSError as error:
+            raise RunError(
+                f"the data folder cannot be written: {error.strerror}", where=str(folder.parent), mend="set data.folder"
+            ) from None
         try:
             yield
         except OSError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 
@@ -76,6 +77,14 @@ def make(
     """
     device = distributed.start(config.resources)
     shown = Progress(distributed.rank() == 0, 0)
+    with distributed.turn(folder, shown.say):
+        return _make(teacher, config, form, folder, offload, device, shown)
+
+
+def _make(
+    teacher: str, config: RunConfig, form: forms.Form, folder: Path, offload: str | None, device: torch.device,
+    shown: Progress,
+) -> dict[str, Any]:  # fmt: skip
     shown.stage("reading the data")
     distributed.on_rank_zero(lambda: folder.mkdir(parents=True, exist_ok=True))
     data = setup.open_data(config, folder, Progress(False, 0))

@@ -6,7 +6,7 @@ The table has its name only once it is whole; meanwhile its parts lie in `NAME.p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from trainer.checkpoint import manifest as manifests
 from trainer.ensemble import manifest
 from trainer.ensemble.manifest import Ensemble, Member
 from trainer.files import digest, read_json, write_json
+from trainer.lock import turn
 from trainer.outcome import Outcome, RunError
 
 FORMAT = 1
@@ -166,6 +167,22 @@ def partial(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
+def begun(folder: Path) -> Recipe:
+    """The recipe of a table that was begun, or that another process has finished meanwhile.
+
+    Raises:
+        RunError: as `read`.
+    """
+    work = partial(folder) / FILE
+    return read(work if work.exists() else folder / "table.json")
+
+
+def statistics(folder: Path) -> dict[str, Any]:
+    """What a finished table says of itself: its folder, and figures of its text."""
+    found: dict[str, Any] = read_json(folder / "table.json")["synthetic"]["statistics"]
+    return {"table": str(folder), **found}
+
+
 def finished(folder: Path, wanted: Recipe) -> bool:
     """Whether the table is there, made by this recipe.
 
@@ -180,19 +197,26 @@ def finished(folder: Path, wanted: Recipe) -> bool:
     return True
 
 
-def begin(folder: Path, wanted: Recipe) -> None:
-    """Make the folder of the parts with the recipe, or find it again.
+def begin(folder: Path, wanted: Recipe, say: Callable[[str], None] = print) -> bool:
+    """Make the folder of the parts with the recipe, or find it again; another process that makes the table is waited for.
+
+    Returns:
+        Whether something is left to make.
 
     Raises:
-        RunError: parts of another recipe are there, or the disk refuses.
+        RunError: parts or a table of another recipe are there, or the disk refuses.
     """
     work = partial(folder)
     try:
-        if (work / FILE).exists():
-            _same(read(work / FILE), wanted, work)
-            return
-        work.mkdir(parents=True, exist_ok=True)
-        write_json(work / FILE, asdict(wanted))
+        with turn(folder, lambda: say(f"waiting for another process that makes {folder}")):
+            if finished(folder, wanted):
+                return False
+            if (work / FILE).exists():
+                _same(read(work / FILE), wanted, work)
+            else:
+                work.mkdir(parents=True, exist_ok=True)
+                write_json(work / FILE, asdict(wanted))
+            return True
     except OSError as error:
         raise RunError(
             f"the table's folder cannot be written: {error.strerror}", where=str(work),

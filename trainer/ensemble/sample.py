@@ -6,7 +6,6 @@ that is there with its digest is not made again. Every rank holds a whole member
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from datetime import timedelta
@@ -28,7 +27,6 @@ from trainer.ensemble.synthetic_table import assemble
 from trainer.evaluate.sampling import Sampling
 from trainer.files import fsync_file, sha256_file, write_json
 from trainer.metrics.progress import Progress
-from trainer.outcome import RunError
 
 
 def sample(folder: Path, runs: Path, overrides: list[str]) -> dict[str, Any]:
@@ -42,27 +40,23 @@ def sample(folder: Path, runs: Path, overrides: list[str]) -> dict[str, Any]:
 
     Raises:
         RunError: on all ranks alike: a member is missing, corrupt or another one than in the recipe, its architecture cannot
-            decode, the disk refuses, or another process makes the same table.
+            decode, or the disk refuses.
     """
-    work = recipe.partial(folder)
-    made = recipe.read(work / recipe.FILE)
+    work, made = recipe.partial(folder), recipe.begun(folder)
     first = runs / made.members[0].run
     config = runfolder.open_run(first, overrides)
     device = distributed.start(config.resources)
-    held: list[Any] = []
-    distributed.on_rank_zero(lambda: held.append(_locked(work)))
-    try:
+    with distributed.turn(folder, Progress(distributed.rank() == 0, 0).say):
+        if distributed.on_rank_zero(folder.exists):  # who was waited for has finished it
+            return recipe.statistics(folder)
         checkpoints = distributed.on_rank_zero(lambda: manifest.open_members(runs, _ensemble(made)))
         opened = setup.open_data(config, first, Progress(False, 0))
         for _, one in checkpoints:
             distributed.together(lambda one=one: restore.check_data(one, opened.identity()))
         _decode_missing(work, runs, made, checkpoints, opened, device)
         source = first / "tokenizer"
-        facts = distributed.on_rank_zero(lambda: assemble(folder, made, opened, source), timedelta(days=7))
-    finally:
-        for file in held:
-            file.close()
-    return {"table": str(folder), **facts["synthetic"]["statistics"]}
+        distributed.on_rank_zero(lambda: assemble(folder, made, opened, source), timedelta(days=7))
+    return recipe.statistics(folder)
 
 
 def _ensemble(made: Recipe) -> manifest.Ensemble:
@@ -114,21 +108,6 @@ def _decode_parts(
 
         distributed.together(make)
         clock.count(together)
-
-
-def _locked(work: Path) -> Any:
-    """A file that is locked as long as it is open: nobody else makes the table.
-
-    Raises:
-        RunError: somebody does.
-    """
-    file = open(work / "lock", "w", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise RunError("another process samples this table", where=str(work), mend="wait for it") from None
-    return file
 
 
 class _Clock:

@@ -28,13 +28,13 @@ BLOCK = 1024
 """Rows that are read at once."""
 
 
-def assemble(folder: Path, made: Recipe, opened: data.Data, tokenizer: Path) -> dict[str, Any]:
+def assemble(folder: Path, made: Recipe, opened: data.Data, tokenizer: Path) -> None:
     """Put the parts together in the order of the streams, describe them, and give the table its name."""
     work = recipe.partial(folder)
     if not (work / "table.json").exists():
         _write_table(work, made, opened, tokenizer)
     data.verify(work)
-    for path in [*work.glob("part-*"), *work.glob(".part-*"), work / recipe.FILE, work / "lock"]:
+    for path in [*work.glob("part-*"), *work.glob(".part-*")]:
         path.unlink(missing_ok=True)
     try:
         os.rename(work, folder)
@@ -43,9 +43,10 @@ def assemble(folder: Path, made: Recipe, opened: data.Data, tokenizer: Path) -> 
             f"the table cannot be given its name: {error.strerror}", where=str(folder), mend="remove what is there",
             outcome=Outcome.of_errno(error.errno),
         ) from None  # fmt: skip
+    (folder / recipe.FILE).unlink(
+        missing_ok=True
+    )  # last: there is a recipe in one place or the other whenever one looks
     fsync_folder(folder.parent)
-    facts: dict[str, Any] = read_json(folder / "table.json")
-    return facts
 
 
 def _write_table(work: Path, made: Recipe, opened: data.Data, source: Path) -> None:
