@@ -150,6 +150,14 @@ def fsync_file(path: Path) -> None:
         os.close(handle)
 
 
+def give_name(partial: Path, target: Path) -> None:
+    """A folder of files gets its name once all of it is on disk, so that what has the name is whole."""
+    for file in partial.iterdir():
+        fsync_file(file)
+    os.rename(partial, target)
+    fsync_folder(target.parent)
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of the content of `path`, in hexadecimal."""
     with open(path, "rb") as file:

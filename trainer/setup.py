@@ -20,7 +20,7 @@ from trainer.data.masking import Borders
 from trainer.derive import derive
 from trainer.ensemble.lessons import open_lessons
 from trainer.evaluate.samples import Samples
-from trainer.files import read_json, write_json
+from trainer.files import give_name, read_json, write_json
 from trainer.guard import faults
 from trainer.guard.faults import fault
 from trainer.guard.spikes import SpikeDetector
@@ -212,12 +212,21 @@ def open_data(config: RunConfig, folder: Path, progress: Progress, told: Callabl
         paths = data.prepare(config.data, say)
         for path in paths.values():
             data.verify(path)
-        if not (folder / "tokenizer").exists():
-            shutil.copytree(next(iter(paths.values())) / "tokenizer", folder / "tokenizer")
+        keep_tokenizer(next(iter(paths.values())), folder)
         return paths
 
     paths = distributed.on_rank_zero(prepared, patience=timedelta(days=7))  # a large corpus takes its time
     return distributed.together(lambda: data.open_data(paths, config.data))
+
+
+def keep_tokenizer(table: Path, folder: Path) -> None:
+    """Copy a table's tokenizer into a run folder that has none, whole or not at all."""
+    if (folder / "tokenizer").exists():
+        return
+    partial = folder / "tokenizer.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(table / "tokenizer", partial)
+    give_name(partial, folder / "tokenizer")
 
 
 def record_data(folder: Path, opened: Data) -> None:

@@ -47,14 +47,19 @@ def recipe(folder: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(words, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
 
 
+def write_files(folder: Path) -> None:
+    """A text, questions, the configuration and the recipe."""
+    words = [f"the {a} of the {b} is {c}" for a in ("cat", "dog", "end") for b in ("sea", "hill", "year") for c in range(150)]
+    (folder / "text.txt").write_text("\n".join(words))
+    (folder / "run.yaml").write_text(RUN)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    questions = [{"query": f"the {a} of the", "choices": [" sea", " is"], "gold": 0} for a in ("cat", "dog", "end")]
+    (folder / "words.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
+
+
 @pytest.mark.timeout(600)
 def test_a_recipe_is_interrupted_and_goes_on_to_its_report(tmp_path) -> None:
-    words = [f"the {a} of the {b} is {c}" for a in ("cat", "dog", "end") for b in ("sea", "hill", "year") for c in range(150)]
-    (tmp_path / "text.txt").write_text("\n".join(words))
-    (tmp_path / "run.yaml").write_text(RUN)
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    questions = [{"query": f"the {a} of the", "choices": [" sea", " is"], "gold": 0} for a in ("cat", "dog", "end")]
-    (tmp_path / "words.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
+    write_files(tmp_path)
     stopped = recipe(tmp_path, "--budget=1e3")
     text = stopped.communicate(timeout=120)[0]
     assert stopped.returncode == 75, text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from launch import ledger, standing
 from trainer import config as configuration
-from trainer import runfolder
+from trainer import runfolder, setup
 from trainer.config import RunConfig
 from trainer.outcome import RunError
 
@@ -77,3 +78,26 @@ def test_a_run_that_is_removed_while_it_is_looked_at_stands_as_one_without_steps
     folder = runfolder.create(load(tmp_path), [])
     (folder / "config.yaml").unlink()
     assert (standing.read(folder).state, standing.read(folder).steps) == ("new", None)
+
+
+def test_a_tokenizer_is_in_a_run_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    (tmp_path / "table/tokenizer").mkdir(parents=True)
+    (tmp_path / "table/tokenizer/tokenizer.json").write_text("{}")
+    folder, copy = runfolder.create(load(tmp_path), []), shutil.copytree
+
+    def dies(source: Path, target: Path) -> None:
+        copy(source, target)
+        (target / "tokenizer.json").write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copytree", dies)
+    with pytest.raises(KeyboardInterrupt):
+        setup.keep_tokenizer(tmp_path / "table", folder)
+    assert not (folder / "tokenizer").exists()
+    monkeypatch.setattr(shutil, "copytree", copy)
+    setup.keep_tokenizer(tmp_path / "table", folder)
+    assert (folder / "tokenizer/tokenizer.json").read_text() == "{}"
+    assert not (folder / "tokenizer.partial").exists()
+    (tmp_path / "table/tokenizer/tokenizer.json").write_text("other")
+    setup.keep_tokenizer(tmp_path / "table", folder)
+    assert (folder / "tokenizer/tokenizer.json").read_text() == "{}", "a run keeps its own"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from trainer.data.overlap import WINDOW, seen_in_training
 from trainer.data.pack import encode, pack
 from trainer.data.readers import Document
 from trainer.data.tokenizer import given_digest, load_tokenizer
-from trainer.files import fsync_file, fsync_folder, read_json, sha256_file, write_json
+from trainer.files import fsync_file, fsync_folder, give_name, read_json, sha256_file, write_json
 from trainer.outcome import RunError
 
 FORMAT = 3
@@ -145,10 +144,7 @@ def copy_tokenizer(folder: Path, work: Path) -> None:
     load_tokenizer(folder).save_pretrained(partial)
     if (folder / "tokenizer.json").exists():  # byte for byte: its digest is its identity
         shutil.copy2(folder / "tokenizer.json", partial / "tokenizer.json")
-    for file in partial.iterdir():
-        fsync_file(file)
-    os.rename(partial, work / "tokenizer")
-    fsync_folder(work)
+    give_name(partial, work / "tokenizer")
 
 
 def _make_parts(source: SourceConfig, tokenizer: Any, work: Path, say: Callable[[str], None]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from trainer.data.corpus import fingerprint, pinned
 from trainer.data.make import FORMAT, Recipe, divided, make_table
 from trainer.data.table import facts_of
 from trainer.data.tokenizer import given_digest, load_tokenizer, train_bpe
-from trainer.files import digest, fsync_file, fsync_folder, read_json, write_json
+from trainer.files import digest, fsync_folder, give_name, read_json, write_json
 from trainer.lock import turn
 from trainer.outcome import Outcome, RunError
 
@@ -141,10 +141,7 @@ def _train_tokenizer(config: DataConfig, folder: Path, say: Callable[[str], None
     fixed = [_pinned(source, _folder(name, source, config)) for name, source in _for_tokenizer(config).items()]
     texts = (document.text for source in fixed for split, document in divided(source) if split == "train")
     train_bpe(texts, config.tokenizer.vocab_size, partial)
-    for file in partial.iterdir():
-        fsync_file(file)
-    os.rename(partial, folder)
-    fsync_folder(folder.parent)
+    give_name(partial, folder)
     say(f"trained a byte-level BPE of {len(load_tokenizer(folder)):,} tokens")
 
 
