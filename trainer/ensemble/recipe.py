@@ -6,7 +6,8 @@ The table has its name only once it is whole; meanwhile its parts lie in `NAME.p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ def finished(folder: Path, wanted: Recipe) -> bool:
     return True
 
 
-def begin(folder: Path, wanted: Recipe, say: Callable[[str], None] = print) -> bool:
+def begin(folder: Path, wanted: Recipe) -> bool:
     """Make the folder of the parts with the recipe, or find it again; another process that makes the table is waited for.
 
     Returns:
@@ -208,7 +209,7 @@ def begin(folder: Path, wanted: Recipe, say: Callable[[str], None] = print) -> b
     """
     work = partial(folder)
     try:
-        with turn(folder, lambda: say(f"waiting for another process that makes {folder}")):
+        with turn(folder, lambda: print(f"waiting for another process that makes {folder}", file=sys.stderr)):
             if finished(folder, wanted):
                 return False
             if (work / FILE).exists():
