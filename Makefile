@@ -27,7 +27,7 @@ quickstart: install  ## pretrain a small Llama on real text, in minutes
 test: install        ## all fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-test-chaos: install  ## ranks, launchers and nodes that are killed, in half an hour; root for network namespaces
+test-chaos: install  ## ranks, launchers, drivers and nodes that are killed, in half an hour; root for network namespaces
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/chaos -p no:cacheprovider $(CHAOS)
 
 test-cluster: install  ## runs on a real Slurm of four emulated nodes, in half an hour; needs root on Debian, or says why not
