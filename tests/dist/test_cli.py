@@ -85,8 +85,11 @@ def test_run_signal_resume_export_generate_verify(place) -> None:
 def test_bad_input_exits_78_with_one_sentence_and_loses_nothing(place) -> None:
     config = str(place / "run.yaml")
     (place / "runs/taken").mkdir(parents=True)
+    (place / "runs/taken/config.yaml").touch()
+    (place / "runs/notes").mkdir()
     for arguments, words in (
         (("run", config, "--name=taken"), "there is a run taken already"),
+        (("run", config, "--name=notes"), "there is a folder notes already, and it is no run"),
         (("run", config, "--runs=/proc/nowhere"), "the run folder cannot be made"),
         (("run", config, "--optm.lr=1"), "did you mean optim?"),
         (("resume", "nothing", f"--runs={place}/runs"), "there is no run nothing"),
@@ -98,7 +101,8 @@ def test_bad_input_exits_78_with_one_sentence_and_loses_nothing(place) -> None:
         code, text = finished(*arguments)
         assert (code, words in text) == (78, True), text
         assert "Traceback" not in text
-    assert list((place / "runs/taken").iterdir()) == []
+    assert [path.name for path in (place / "runs/taken").iterdir()] == ["config.yaml"]
+    assert list((place / "runs/notes").iterdir()) == []
 
 
 def test_bad_data_ends_as_bad_configuration_through_torchrun(place) -> None:

@@ -182,7 +182,7 @@ def test_all_tokens_of_top_k_are_the_whole_distribution(columns) -> None:
     sparse = mixed_loss(
         hidden, TARGETS, head, top(distribution(teacher()), REAL), mix(0.7, columns=columns, keep=False)
     )
-    assert float(sparse) == pytest.approx(float(dense), rel=1e-12)
+    assert sparse.item() == pytest.approx(dense.item(), rel=1e-12)
     for found, true in zip(gradients(sparse, hidden, head), gradients(dense, hidden, head), strict=True):
         assert (found - true).abs().max() <= 1e-12
 
@@ -199,17 +199,17 @@ def test_top_k_normalizes_both_sides_over_the_whole_vocabulary(columns) -> None:
     rest, ours = target.rest.exp(), 1 - inside.sum(1)
     expected = (kl + rest * (rest / ours).log())[TARGETS != MASKED].sum()
     loss = mixed_loss(hidden, TARGETS, head, target, mix(1.0, columns=columns))
-    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     for found, true in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
         assert (found - true).abs().max() <= 1e-12
     mine = mixed_loss(hidden, TARGETS, head, top(q.detach(), 5), mix(1.0, columns=columns))
-    assert abs(float(mine)) <= 1e-12
+    assert abs(mine.item()) <= 1e-12
     assert all(g.abs().max() <= 1e-12 for g in gradients(mine, hidden, head))
     # Negative control: the teacher normalized over its k tokens, the student over all, is no distance.
     kept = Sparse(
         target.ids, target.probabilities / target.probabilities.sum(1, keepdim=True), torch.full((TOKENS,), -torch.inf)
     )
-    assert abs(float(mixed_loss(hidden, TARGETS, head, kept, mix(1.0))) - float(expected)) > 1e-2
+    assert abs(mixed_loss(hidden, TARGETS, head, kept, mix(1.0)).item() - expected.item()) > 1e-2
 
 
 # The forms of a cache, on a vocabulary without padding.
@@ -298,7 +298,7 @@ def taught(model, alpha: float, target) -> tuple[float, dict[str, torch.Tensor]]
     model.zero_grad()
     loss, objective = losses(model, inputs, targets, against=target)
     objective.backward()
-    return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, tied", "opt, tied", "mixtral"])
@@ -323,7 +323,7 @@ def test_a_model_learns_as_from_whole_logits(name) -> None:
     assert found.keys() == expected.keys()
     for key, gradient in found.items():
         assert (gradient - expected[key]).abs().max() <= 1e-10 * expected[key].abs().max().clamp_min(1e-2), key
-    assert float(target.parts[1]) == pytest.approx(float(kl), rel=1e-10)
+    assert target.parts[1].item() == pytest.approx(kl.item(), rel=1e-10)
 
 
 def test_peak_of_living_bytes_is_below_a_third_at_a_vocabulary_of_32k() -> None:
