@@ -5,9 +5,8 @@ A supervisor that ends in order leaves a last word in `logs/launcher.json`; one 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 FILE, LAST_WORD, LOCK = "handle.json", "launcher.json", "handle.lock"
 SUBMITTED = "ORTHOGON_SUBMITTED"
 """In the environment of a supervisor that a backend started: its handle is the backend's."""
+PATIENCE_SECONDS = 30.0
+"""What a supervisor gives the process that started it, to write its handle."""
 INSIDE = (SUBMITTED, "SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST")
 
 
@@ -87,6 +88,13 @@ def start(
     return record
 
 
+def withdraw(folder: Path) -> None:
+    """Remove a run that was made to be started and that its backend refused; not one that somebody else has taken meanwhile."""
+    with suppress(RunError), _alone(folder):
+        if read(folder) is None and not evidence.attempts(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_free(folder: Path, me: dict[str, Any] | None = None) -> None:
     """Nobody works on the run, or will; with `me`, nobody but this supervisor, or the job that it is in.
 
@@ -95,7 +103,7 @@ def check_free(folder: Path, me: dict[str, Any] | None = None) -> None:
     """
     lock.check_free(folder)
     handle, (word, detail) = states([(folder, read(folder))])[0]
-    mine = me is not None and (_inside() or all((handle or {}).get(key) == me[key] for key in me))
+    mine = me is not None and (_queued() or _is(handle, me))
     if handle is not None and word in ("pending", "running") and not mine:
         raise RunError(
             f"run {folder.name} is {word} already on {handle['backend']}: {detail}",
@@ -104,18 +112,26 @@ def check_free(folder: Path, me: dict[str, Any] | None = None) -> None:
         )
 
 
-def supervised(folder: Path, work: Callable[[], int]) -> int:
+def supervised(folder: Path, options: dict[str, Any], work: Callable[[], int]) -> int:
     """Do a supervisor's work, and leave word of it: who works on the run, and how it ended; returns the exit code.
+
+    Args:
+        options: those of the backend torchrun.
 
     Raises:
         RunError: somebody else works on the run; whatever `work` raises.
     """
     me = identity()
-    if not _inside():
-        with _alone(folder):
+    if not _queued():
+        submitted = bool(os.environ.get(SUBMITTED))
+        with _alone(
+            folder, PATIENCE_SECONDS if submitted else 0.0
+        ):  # until who started this one has written its handle
             check_free(folder, me)
-            with suppress(OSError):  # the run matters more
-                write_json(folder / FILE, _record(folder, "torchrun", {}, me | {"foreground": True}))
+            if not submitted or not _is(read(folder), me):  # who started this one may have been killed before that
+                kind = {} if submitted else {"foreground": True}
+                with suppress(OSError):  # the run matters more
+                    write_json(folder / FILE, _record(folder, "torchrun", options if submitted else {}, me | kind))
     code, message = Outcome.BUG.code, "it broke"
     try:
         code = work()
@@ -151,26 +167,31 @@ def _record(folder: Path, name: str, options: dict[str, Any], handle: dict[str, 
     return {"backend": name, "options": options, "submitted": time.time(), "attempts": before, **handle}
 
 
-def _inside() -> bool:
-    """Whether this process was started by a backend, whose handle stands for it."""
-    return any(os.environ.get(name) for name in INSIDE)
+def _is(handle: dict[str, Any] | None, me: dict[str, Any]) -> bool:
+    """Whether a handle is that of this supervisor."""
+    return all((handle or {}).get(key) == me[key] for key in me)
+
+
+def _queued() -> bool:
+    """Whether this process is in a job of a queue, whose handle stands for it."""
+    return not os.environ.get(SUBMITTED) and any(os.environ.get(name) for name in INSIDE)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, patience_seconds: float = 0.0) -> Iterator[None]:
     """No other process gives the run to anybody meanwhile; the kernel drops the lock of a process that dies."""
     try:
         file = open(folder / LOCK, "w", encoding="utf-8")
     except OSError as error:
         raise _unwritable(folder, error) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+        deadline = time.monotonic() + patience_seconds
+        while not lock.taken(file):
+            if time.monotonic() >= deadline:
                 raise RunError(
                     f"run {folder.name} is being started by another process", where=str(folder), mend="wait for it"
-                ) from None  # what has no locks goes on without
+                )
+            time.sleep(0.02)
         yield
 
 

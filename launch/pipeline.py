@@ -1,13 +1,11 @@
 """Work through a graph of runs and commands (`launch/graph.py`): what is done is skipped, so that the same command goes on.
 
 A run's digest stands in its `run.json`; that of a command, with its log, in `RUNS/pipelines/GRAPH/`. Runs go through a
-backend and survive the driver, which finds them again; commands are its own children and end with it.
+backend and survive the driver, which finds them again; commands are its own children, which it ends with itself unless it is killed.
 """
 
 from __future__ import annotations
 
-import fcntl
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +19,7 @@ from typing import Any
 from launch import evidence, handles, ledger, process, standing, warm
 from launch.backends import torchrun
 from launch.graph import Graph, Node, ready, stopped
-from trainer import runfolder
+from trainer import lock, runfolder
 from trainer.files import write_json
 from trainer.outcome import Outcome, RunError
 
@@ -195,7 +193,7 @@ def give(driver: Driver, node: Node, after: list[str]) -> None:
         handles.start(config, config.folder, driver.backend, driver.options, resume=not fresh, after=after)
     except RunError as error:
         if fresh and error.outcome is not Outcome.INFRASTRUCTURE:
-            shutil.rmtree(config.folder, ignore_errors=True)
+            handles.withdraw(config.folder)
         raise
     ledger.remember(config.folder)
     waits = f", after {', '.join(after)}" if after else ""
@@ -266,12 +264,8 @@ def alone(driver: Driver) -> Iterator[None]:
             outcome=Outcome.of_errno(error.errno),
         ) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock.taken(file):
             raise RunError(
                 f"another process drives pipeline {driver.graph.name}", where=str(driver.folder), mend="wait for it"
-            ) from None
-        except OSError:  # no locks here
-            pass
+            )
         yield

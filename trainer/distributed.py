@@ -90,15 +90,14 @@ def on_rank_zero(work: Callable[[], T], patience: timedelta | None = None, group
 
 
 @contextmanager
-def turn(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Only these ranks make what `folder` is to hold; another process, maybe one that an interrupted command left, is waited for.
+def turn(file: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Only these ranks make `what`; another process, maybe one that an interrupted command left, is waited for (`lock.turn`).
 
     Raises:
         RunError: on all ranks alike: the lock cannot be made.
     """
-    told = f"waiting for another process that makes {folder}"
     with ExitStack() as held:
-        on_rank_zero(lambda: held.enter_context(lock.turn(folder, lambda: say(told))), timedelta(days=7))
+        on_rank_zero(lambda: held.enter_context(lock.turn(file, what, say)), timedelta(days=7))
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -154,8 +155,17 @@ def give_name(partial: Path, target: Path) -> None:
     """A folder of files gets its name once all of it is on disk, so that what has the name is whole."""
     for file in partial.iterdir():
         fsync_file(file)
+    fsync_folder(partial)
     os.rename(partial, target)
     fsync_folder(target.parent)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder of files that is not there yet, whole or not at all."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    give_name(partial, target)
 
 
 def sha256_file(path: Path) -> str:

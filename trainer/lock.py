@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from trainer.files import write_text
 from trainer.outcome import Outcome, RunError
@@ -126,26 +126,42 @@ class Lock:
 
 
 @contextmanager
-def turn(folder: Path, wait: Callable[[], None]) -> Iterator[None]:
-    """One process at a time makes what `folder` is to hold; `wait` tells that another does. Where there are no locks, none waits.
+def turn(file: Path, what: str, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """One process at a time makes `what`; the others wait, where there are locks, and say once for whom.
 
-    The lock lies beside the folder, which need not be there yet, and stays: who waits for a removed file waits for nothing.
+    Args:
+        file: the lock. It stays: whoever waits for a file that was removed waits for nothing.
+        check: called while waiting, several times a second; may raise.
 
     Raises:
         OSError: the file cannot be made.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w", encoding="utf-8") as file:
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                wait()
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+b", buffering=0) as held:
+        waiting = False
+        while not taken(held):
+            if not waiting:
+                held.seek(0)
+                say(f"waiting for {held.read().decode() or 'another process'}, which makes {what}")
+            waiting = True
+            check()
+            time.sleep(_POLL)
+        with suppress(OSError):  # who it is matters less than that it goes on
+            os.ftruncate(held.fileno(), 0)
+            held.write(f"pid {os.getpid()} on host {socket.gethostname()}".encode())
         yield
+
+
+def taken(file: IO[Any]) -> bool:
+    """Try to take the lock of an open file until it is closed: whether it is this process's now, or there are no locks here."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def check_free(folder: Path) -> None:

@@ -3,7 +3,6 @@ where it is needed."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import platform
@@ -11,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +22,19 @@ if TYPE_CHECKING:
     from trainer.config import RunConfig
 
 
-def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None = None) -> Path:
+def create(
+    config: RunConfig,
+    command: list[str],
+    lineage: dict[str, Any] | None = None,
+    fill: Callable[[Path], None] = lambda partial: None,
+) -> Path:
     """Make the folder of a new run with `config.yaml` and `run.json`.
 
     The folder comes into being whole, by a rename: whoever looks meanwhile sees no run, and a kill leaves none by halves.
 
     Args:
         lineage: the run and the checkpoint that it starts from, if it does.
+        fill: puts into the folder, before it has its name, what the run needs besides.
 
     Raises:
         RunError: a run of this name exists, the folder cannot be written, or what the run starts from is not there.
@@ -42,10 +48,10 @@ def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None
             where="model.init_from",
             mend="give a folder of weights, a run or a checkpoint",
         )
-    if folder.exists():
-        raise _taken(folder)
     partial = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}")
     try:
+        if folder.exists():
+            raise _taken(folder)
         partial.mkdir(parents=True)
     except OSError as error:
         raise RunError(
@@ -54,25 +60,28 @@ def create(config: RunConfig, command: list[str], lineage: dict[str, Any] | None
             mend="choose another with --runs=FOLDER",
             outcome=Outcome.NO_SPACE if no_space(error) else Outcome.BAD_CONFIGURATION,
         ) from None
-    record = {
-        "name": config.name,
-        "created": time.time(),
-        "config_digest": digest(configuration.resolved(config)),
-        "git_commit": _git_commit(),
-        "command": command,
-        "python": platform.python_version(),
-        "versions": versions(),
-        "lineage": lineage or {},
-    }
     try:
         for name in ("logs", "checkpoints", "figures"):
             (partial / name).mkdir()
+        record = {
+            "name": config.name,
+            "created": time.time(),
+            "config_digest": digest(configuration.resolved(config)),
+            "git_commit": _git_commit(),
+            "command": command,
+            "python": platform.python_version(),
+            "versions": versions(),
+            "lineage": lineage or {},
+        }
         write_json(partial / "run.json", record)
         write_config(partial, config)
+        fill(partial)
         partial.rename(folder)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process was quicker
+        if not isinstance(error, OSError):
+            raise
+        if folder.exists():  # another process was quicker
             raise _taken(folder) from None
         raise RunError(
             f"the run folder cannot be written: {error.strerror}",

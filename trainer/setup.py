@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +19,7 @@ from trainer.data.masking import Borders
 from trainer.derive import derive
 from trainer.ensemble.lessons import open_lessons
 from trainer.evaluate.samples import Samples
-from trainer.files import give_name, read_json, write_json
+from trainer.files import copy_folder, read_json, write_json
 from trainer.guard import faults
 from trainer.guard.faults import fault
 from trainer.guard.spikes import SpikeDetector
@@ -201,15 +200,18 @@ def open_data(config: RunConfig, folder: Path, progress: Progress, told: Callabl
         told: whether a signal came to any rank; then the preparation ends as preempted, with its finished parts kept.
     """
 
-    def say(text: str) -> None:
-        progress.say(text)
+    def check() -> None:
         signal = told()
         if signal:
             raise RunError(f"{signal} came while data was prepared; finished parts are kept", outcome=Outcome.PREEMPTED)
 
+    def say(text: str) -> None:
+        progress.say(text)
+        check()
+
     def prepared() -> dict[str, Path]:
         fault("start.data")
-        paths = data.prepare(config.data, say)
+        paths = data.prepare(config.data, say, check)
         for path in paths.values():
             data.verify(path)
         keep_tokenizer(next(iter(paths.values())), folder)
@@ -221,12 +223,8 @@ def open_data(config: RunConfig, folder: Path, progress: Progress, told: Callabl
 
 def keep_tokenizer(table: Path, folder: Path) -> None:
     """Copy a table's tokenizer into a run folder that has none, whole or not at all."""
-    if (folder / "tokenizer").exists():
-        return
-    partial = folder / "tokenizer.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(table / "tokenizer", partial)
-    give_name(partial, folder / "tokenizer")
+    if not (folder / "tokenizer").exists():
+        copy_folder(table / "tokenizer", folder / "tokenizer")
 
 
 def record_data(folder: Path, opened: Data) -> None:

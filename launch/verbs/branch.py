@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -13,6 +12,7 @@ from launch import ledger, process
 from launch.verbs.options import RunName, Runs
 from trainer import runfolder
 from trainer.checkpoint import manifest as manifests
+from trainer.files import copy_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +45,15 @@ class Branch:
             overrides = [*overrides, *cooldown(self.cooldown, manifest, old, overrides)]
         _, new = process.opened(self.run, self.runs, [*overrides, f"--name={self.name}", f"--runs={self.runs}"])
         steps = check_length(manifest, new)
-        folder = runfolder.create(new, runfolder.command_line(), manifests.lineage(source, manifest))
-        try:
-            how = manifests.copy(checkpoint, manifest, folder / "checkpoints")
-            shutil.copytree(source / "tokenizer", folder / "tokenizer")
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
+        how: list[str] = []
+
+        def fill(partial: Path) -> None:
+            how.append(manifests.copy(checkpoint, manifest, partial / "checkpoints"))
+            copy_folder(source / "tokenizer", partial / "tokenizer")
+
+        folder = runfolder.create(new, runfolder.command_line(), manifests.lineage(source, manifest), fill)
         ledger.remember(folder)
-        print(f"run {new.name} starts from {checkpoint.name} of {source.name} ({how}) and trains to step {steps}")
+        print(f"run {new.name} starts from {checkpoint.name} of {source.name} ({how[0]}) and trains to step {steps}")
         for key, (before, after) in configuration.changes(
             configuration.resolved(old), configuration.resolved(new)
         ).items():

@@ -112,7 +112,7 @@ def train(config: Any, folder: Path, restarts: int, verify: bool = False) -> int
         return told(config, folder, supervise(config, folder, restarts, verify))
 
     try:
-        return handles.supervised(folder, work)
+        return handles.supervised(folder, {"restarts": restarts}, work)
     finally:
         ledger.remember(folder)
 

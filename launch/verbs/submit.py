@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -37,6 +36,7 @@ class Submit:
     def __call__(self, overrides: list[str]) -> int:
         import yaml
 
+        from launch import handles
         from launch.choices import choose
         from trainer import config as configuration
         from trainer import runfolder
@@ -54,7 +54,7 @@ class Submit:
             if (
                 error.outcome is not Outcome.INFRASTRUCTURE
             ):  # nothing was started: the same command will do, once mended
-                shutil.rmtree(folder, ignore_errors=True)
+                handles.withdraw(folder)
             raise
         return 0
 

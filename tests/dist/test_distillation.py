@@ -67,7 +67,7 @@ def close(one: dict, other: dict, bound: float = 1e-5) -> None:
 
 def files(folder: Path) -> dict[str, str]:
     """Digests of what a cache consists of."""
-    kept = [p for p in sorted(folder.iterdir()) if p.is_file()]
+    kept = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != "lock"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
@@ -141,11 +141,11 @@ def test_a_cache_has_the_same_bytes_from_any_number_of_ranks_and_goes_on_after_a
 def test_a_cache_that_another_process_makes_is_waited_for(group, tiny, hidden) -> None:
     folder = tiny.place / "waited"
     with ThreadPoolExecutor(1) as pool:
-        with lock.turn(folder, lambda: None):
+        with lock.turn(folder / "lock", "it", print):
             found = pool.submit(cached, group, tiny, "waited", 2, HIDDEN)
             time.sleep(2.0)
             assert not found.done()
-            assert not folder.exists()
+            assert [path.name for path in folder.iterdir()] == ["lock"]
         assert found.result()["before"] == 0
     assert files(folder) == files(Path(hidden))
 

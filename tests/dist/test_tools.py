@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from launch.cli import dispatch
 from tests.dist import bodies_run, bodies_strategies, bodies_tools
 from tests.dist.strategies import NO_COMPILER
 from tests.dist.test_cli import finished
+from trainer import lock
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.average import average_checkpoints, weights_of
 from trainer.checkpoint.export import export_of, exported_model, loaded_model, restored_model
@@ -288,6 +292,25 @@ def test_a_cooldown_branches_from_the_stable_phase(group, tiny, capsys) -> None:
     result = group(2, bodies_run.train, tiny.yaml, ["--name=cool", "--train.length=14 steps", f"--schedule.decay={4 / 14}"])[0]
     rates = [r["learning_rate_factor"] for r in result["history"] if "loss" in r]
     assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+def test_an_export_that_another_process_makes_is_waited_for(tiny) -> None:
+    run = tiny.folder
+    target = run / "export/step-00000010"
+    assert manifests.pick(run, 10)[0].name == target.name
+    assert not target.exists()
+    with ThreadPoolExecutor(1) as pool:
+        with lock.turn(run / "export/lock", "it", print):
+            found = pool.submit(export_of, run, 10)
+            time.sleep(2.0)
+            assert not found.done()
+            target.mkdir()
+            (target / "config.json").write_text("{}")
+        assert found.result() == (target, False)
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+    shutil.rmtree(target)
+    assert export_of(run, 10) == (target, True)
+    shutil.rmtree(target)
 
 
 def test_a_branch_that_cannot_be_leaves_nothing(tiny, monkeypatch) -> None:

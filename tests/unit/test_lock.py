@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -165,3 +166,40 @@ def test_a_torn_record_and_a_folder_that_is_not_there(tmp_path) -> None:
     Lock.acquire(tmp_path, 1, 0).release()
     with pytest.raises(RunError, match="cannot be locked: No such file"):
         Lock.acquire(tmp_path / "none", 1, 0)
+
+
+TURN = """
+import pathlib, sys, time
+from trainer.lock import turn
+with turn(pathlib.Path(sys.argv[1]), "a cake", print):
+    print("mine", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_turns_are_taken_one_at_a_time_and_who_waits_says_for_whom(tmp_path) -> None:
+    file, said, looks = tmp_path / "new/lock", [], []
+    first = subprocess.Popen([sys.executable, "-c", TURN, str(file), "1"], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "mine\n"
+    with locks.turn(file, "a cake", said.append, lambda: looks.append(first.poll())):
+        assert first.wait(timeout=10) == 0
+    assert said == [f"waiting for pid {first.pid} on host {socket.gethostname()}, which makes a cake"]
+    assert len(looks) > 3
+    second = subprocess.Popen(
+        [sys.executable, "-c", TURN, str(file), "60"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert second.stdout is not None
+    assert second.stdout.readline() == "mine\n"
+
+    def asked() -> None:
+        raise RunError("SIGTERM came")
+
+    try:
+        with pytest.raises(RunError, match="SIGTERM came"), locks.turn(file, "a cake", said.append, asked):
+            pytest.fail("two at once")
+    finally:
+        second.kill()
+        second.wait()
+    with locks.turn(file, "a cake", lambda text: pytest.fail(text)):  # nobody's any more
+        pass

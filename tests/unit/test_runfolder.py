@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -13,21 +15,22 @@ from launch import ledger, standing
 from trainer import config as configuration
 from trainer import runfolder, setup
 from trainer.config import RunConfig
-from trainer.outcome import RunError
+from trainer.outcome import Outcome, RunError
 
 ROOT = Path(__file__).parents[2]
 KILLED = """
 import os, pathlib, sys
 from trainer import config, runfolder
 place, name = {"folders": (pathlib.Path, "mkdir"), "record": (runfolder, "write_json"), "configuration": (runfolder, "write_config"),
-               "rename": (pathlib.Path, "rename")}[sys.argv[1]]
-done = getattr(place, name)
+               "rename": (pathlib.Path, "rename"), "filling": (os, "nothing")}[sys.argv[1]]
+done = getattr(place, name, None)
+fill = lambda partial: os._exit(9) if name == "nothing" else None
 def die(*given, **options):
     if name != "rename":
         done(*given, **options)
     os._exit(9)
 setattr(place, name, die)
-runfolder.create(config.load(pathlib.Path(sys.argv[2]), sys.argv[3:]), [])
+runfolder.create(config.load(pathlib.Path(sys.argv[2]), sys.argv[3:]), [], {}, fill)
 """
 
 
@@ -35,7 +38,7 @@ def load(runs: Path, name: str = "r") -> RunConfig:
     return configuration.load(ROOT / "configs/quickstart.yaml", [f"--runs={runs}", f"--name={name}"])
 
 
-@pytest.mark.parametrize("moment", ["folders", "record", "configuration", "rename"])
+@pytest.mark.parametrize("moment", ["folders", "record", "configuration", "filling", "rename"])
 def test_a_kill_while_it_is_made_leaves_no_run_and_stands_in_nobodys_way(tmp_path, monkeypatch, moment) -> None:
     monkeypatch.setenv("ORTHOGON_STATE", str(tmp_path / "state"))
     there = runfolder.create(load(tmp_path / "runs", "other"), [])
@@ -72,6 +75,32 @@ def test_what_has_the_name_is_told_for_what_it_is(tmp_path) -> None:
         "nothing of the refused ones is left"
     )
     assert (tmp_path / "notes/todo.txt").read_text() == (tmp_path / "page").read_text() == "mine"
+
+
+def test_what_cannot_be_filled_or_looked_at_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch) -> None:
+    def full(partial: Path) -> None:
+        (partial / "checkpoints/step-1").mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(RunError, match="cannot be written: No space left") as caught:
+        runfolder.create(load(tmp_path), [], fill=full)
+    assert caught.value.outcome is Outcome.NO_SPACE
+
+    def asked(_partial: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runfolder.create(load(tmp_path), [], fill=asked)
+
+    def hidden(_path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    config = load(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", hidden)  # a folder above may not be searched
+        with pytest.raises(RunError, match="the run folder cannot be made: Permission denied"):
+            runfolder.create(config, [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_is_removed_while_it_is_looked_at_stands_as_one_without_steps(tmp_path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,51 @@ def test_running_needs_signs_of_life_and_a_dead_supervisor_is_lost_with_its_last
     assert (one.state, "error: the disk is gone" in one.note) == ("lost", True)
 
 
+def test_a_supervisor_whose_driver_was_killed_before_it_wrote_the_handle_writes_it(tmp_path, monkeypatch) -> None:
+    for name in handles.INSIDE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(handles.SUBMITTED, "1")
+    folder, seen = made(tmp_path), []
+
+    def work() -> int:
+        handle = json.loads((folder / handles.FILE).read_text())
+        seen.append((handle["options"], handle.get("foreground"), standing.read(folder).state))
+        return 0
+
+    assert handles.supervised(folder, {"restarts": 3}, work) == 0
+    assert seen == [({"restarts": 3}, None, "starting")]
+    kept = json.loads((folder / handles.FILE).read_text()) | {"options": {"restarts": 9}}
+    (folder / handles.FILE).write_text(json.dumps(kept))
+    assert handles.supervised(folder, {"restarts": 3}, lambda: 0) == 0
+    assert json.loads((folder / handles.FILE).read_text()) == kept, "that of the driver, which was there, is kept"
+    other = subprocess.Popen(["sleep", "60"])
+    try:  # the next driver has started another one meanwhile
+        (folder / handles.FILE).write_text(json.dumps(kept | handles.identity(other.pid)))
+        with pytest.raises(RunError, match="is running already on torchrun"):
+            handles.supervised(folder, {}, lambda: pytest.fail("two supervisors of one run"))
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_run_that_its_backend_refused_is_withdrawn_unless_somebody_has_taken_it(tmp_path) -> None:
+    folder = made(tmp_path)
+    with open(folder / handles.LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        handles.withdraw(folder)
+    (folder / handles.LOCK).unlink()
+    assert folder.exists(), "another process gives it to a backend"
+    (folder / handles.FILE).write_text('{"backend": "torchrun"}')
+    handles.withdraw(folder)
+    (folder / handles.FILE).unlink()
+    (folder / "logs/1").mkdir(parents=True)
+    handles.withdraw(folder)
+    assert folder.exists(), "it has a handle, or an attempt"
+    (folder / "logs/1").rmdir()
+    handles.withdraw(folder)
+    assert not folder.exists()
+
+
 def test_a_supervisor_leaves_its_handle_and_its_last_word_also_where_it_fails(tmp_path, monkeypatch) -> None:
     for name in handles.INSIDE:
         monkeypatch.delenv(name, raising=False)
@@ -139,7 +186,7 @@ def test_a_supervisor_leaves_its_handle_and_its_last_word_also_where_it_fails(tm
         handles.check_free(folder, handles.identity())
         return 65
 
-    assert handles.supervised(folder, work) == 65
+    assert handles.supervised(folder, {}, work) == 65
     assert seen == ["starting"]
     one = standing.read(folder)  # this process lives on: the handle does, too
     assert one.state == "starting"
@@ -150,7 +197,7 @@ def test_a_supervisor_leaves_its_handle_and_its_last_word_also_where_it_fails(tm
         raise RunError("no room", outcome=Outcome.NO_SPACE)
 
     with pytest.raises(RunError):
-        handles.supervised(folder, fail)
+        handles.supervised(folder, {}, fail)
     word = json.loads((folder / "logs" / handles.LAST_WORD).read_text())
     assert (word["exit_code"], word["message"]) == (73, "no room")
     dead = json.loads((folder / handles.FILE).read_text()) | {"pid": 2**22 + 5}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from trainer import config as configuration
 from trainer import runfolder
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.load import load
-from trainer.files import fsync_folder, write_json
+from trainer.files import give_name, write_json
+from trainer.lock import turn
 from trainer.model.build import build, from_json, model_tensors
 from trainer.model.init import initialize
 from trainer.outcome import Outcome, RunError
@@ -44,13 +47,21 @@ def write(model: Any, run: Path, target: Path, records: dict[str, Any] | None = 
     Raises:
         RunError: the reloaded model answers differently.
     """
+    with ExitStack() as held:
+        with suppress(OSError):  # who may not write into the run does not export it beside others
+            held.enter_context(turn(run / "export" / "lock", str(target), lambda text: print(text, file=sys.stderr)))
+        refuse_existing(target)
+        return _write(model, run, target, records or {})
+
+
+def _write(model: Any, run: Path, target: Path, records: dict[str, Any]) -> float:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.config.use_cache = True
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(run / "tokenizer", local_files_only=True).save_pretrained(partial)
-    for name, record in (records or {}).items():
+    for name, record in records.items():
         write_json(partial / name, record)
     difference = compare(model, partial)
     if difference != 0.0:
@@ -60,8 +71,7 @@ def write(model: Any, run: Path, target: Path, records: dict[str, Any] | None = 
             mend="the export was not taken; please report this with the run's config.yaml",
             outcome=Outcome.BUG,
         )
-    partial.rename(target)
-    fsync_folder(target.parent)
+    give_name(partial, target)
     return difference
 
 
@@ -131,5 +141,10 @@ def export_of(run: Path, step: int | None = None) -> tuple[Path, bool]:
     target = run / "export" / checkpoint.name
     if (target / "config.json").exists():
         return target, False
-    export(run, checkpoint, manifest, target)
+    try:
+        export(run, checkpoint, manifest, target)
+    except RunError:
+        if (target / "config.json").exists():  # another process was waited for, and has made it
+            return target, False
+        raise
     return target, True

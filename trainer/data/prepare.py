@@ -27,11 +27,16 @@ _TEST = ("test_path", "test_fraction")
 _PATHS = ("path", "validation_path", "test_path")
 
 
-def prepare(config: DataConfig, say: Callable[[str], None]) -> dict[str, Path]:
+def prepare(
+    config: DataConfig, say: Callable[[str], None], check: Callable[[], None] = lambda: None
+) -> dict[str, Path]:
     """The folders of the token tables of all sources, by name; those that are not there yet are made.
 
     A killed preparation goes on where it was: the tokenizer, finished tables and each finished part of a table are kept.
     A table has its name only once it is whole.
+
+    Args:
+        check: called while another process is waited for; may raise.
 
     Raises:
         RunError: no text, too little text for one sequence in a split, an unusable tokenizer, no hub, no space.
@@ -42,9 +47,9 @@ def prepare(config: DataConfig, say: Callable[[str], None]) -> dict[str, Path]:
         if sources[name].table is not None:
             facts_of(folder)
         elif not _is_made(folder):
-            with _alone(folder, say):
+            with _alone(folder, say, check):
                 if not _is_made(folder):
-                    _make(name, sources[name], config, folder, say)
+                    _make(name, sources[name], config, folder, say, check)
     return folders
 
 
@@ -86,8 +91,11 @@ def _is_made(folder: Path) -> bool:
     return (folder / "table.json").exists()
 
 
-def _make(name: str, source: SourceConfig, config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
-    tokenizer = _tokenizer_folder(config, say)
+def _make(
+    name: str, source: SourceConfig, config: DataConfig, folder: Path, say: Callable[[str], None],
+    check: Callable[[], None],
+) -> None:  # fmt: skip
+    tokenizer = _tokenizer_folder(config, say, check)
     work = _work(folder)
     recipe = Recipe(
         source=_pinned(source, folder),
@@ -118,12 +126,12 @@ def _pinned(source: SourceConfig, folder: Path) -> SourceConfig:
     return replace(source, **{key: fixed.get(key) for key in _PATHS})
 
 
-def _tokenizer_folder(config: DataConfig, say: Callable[[str], None]) -> Path:
+def _tokenizer_folder(config: DataConfig, say: Callable[[str], None], check: Callable[[], None]) -> Path:
     """The tokenizer that was given, or one trained on training documents."""
     if config.tokenizer.path is not None:
         return Path(config.tokenizer.path)
     folder = Path(config.folder) / f"tokenizer-{tokenizer_key(config)[:12]}"
-    with _alone(folder, say):
+    with _alone(folder, say, check):
         if not folder.exists():
             _train_tokenizer(config, folder, say)
     return folder
@@ -146,11 +154,11 @@ def _train_tokenizer(config: DataConfig, folder: Path, say: Callable[[str], None
 
 
 @contextmanager
-def _alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _alone(folder: Path, say: Callable[[str], None], check: Callable[[], None]) -> Iterator[None]:
     """Only one process makes what `folder` is to hold; a full disk is a sentence."""
     with ExitStack() as held:
         try:
-            held.enter_context(turn(folder, lambda: say(f"waiting for another process that prepares {folder.name}")))
+            held.enter_context(turn(folder.parent / f".{folder.name}.lock", folder.name, say, check))
         except OSError as error:
             raise RunError(
                 f"the data folder cannot be written: {error.strerror}", where=str(folder.parent), mend="set data.folder"

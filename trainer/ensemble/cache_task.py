@@ -77,16 +77,27 @@ def make(
     """
     device = distributed.start(config.resources)
     shown = Progress(distributed.rank() == 0, 0)
-    with distributed.turn(folder, shown.say):
-        return _make(teacher, config, form, folder, offload, device, shown)
+    scratch = folder / "offloaded" / str(distributed.rank())
+
+    def made() -> dict[str, Any]:
+        return _make(teacher, config, form, folder, offload, scratch, device, shown)
+
+    if distributed.on_rank_zero((folder / cache.FILE).exists):  # nothing is written, so the disk may be read-only
+        return made()
+    with distributed.turn(folder / "lock", str(folder), shown.say):
+        # weights that another teacher left there would be taken for this one's
+        distributed.on_rank_zero(lambda: shutil.rmtree(folder / "offloaded", ignore_errors=True))
+        try:
+            return made()
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _make(
-    teacher: str, config: RunConfig, form: forms.Form, folder: Path, offload: str | None, device: torch.device,
-    shown: Progress,
+    teacher: str, config: RunConfig, form: forms.Form, folder: Path, offload: str | None, scratch: Path,
+    device: torch.device, shown: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     shown.stage("reading the data")
-    distributed.on_rank_zero(lambda: folder.mkdir(parents=True, exist_ok=True))
     data = setup.open_data(config, folder, Progress(False, 0))
     ensemble = distributed.on_rank_zero(lambda: resolve(Path(config.runs), teacher))
     distributed.together(lambda: check_vocabulary(ensemble, data.tokenizer))
@@ -94,7 +105,6 @@ def _make(
     stream = cache.stream_of(data, config)
     rows = sum(source.sequences for source in data.train.sources)
     shown.stage(f"loading {len(ensemble.members)} members")
-    scratch = folder / "offloaded" / str(distributed.rank())
     precision = config.train.precision
     members = Members(
         Path(config.runs), ensemble, precision, device, sharded=distributed.world() > 1 and offload is None,
@@ -124,7 +134,6 @@ def _make(
             if count:  # records of masked rows are dropped
                 blobs += form.encode(target, list(range(first, first + batch)))[:count]
         distributed.together(lambda mine=mine, blobs=blobs: [_write(folder / parts[n], _part(blobs)) for n in mine])
-    shutil.rmtree(scratch, ignore_errors=True)
     digests = distributed.from_all(lambda: {name: _digest(folder / name) for name in parts[rank::world]})
     files: dict[str, Any] = {name: found for one in digests for name, found in one.items()}
     tokens = rows * config.data.sequence_length
@@ -170,6 +179,8 @@ def _begin(folder: Path, plan: dict[str, Any], needed: int, heads: Heads, form: 
                 outcome=Outcome.NO_SPACE,
             )
         write_json(path, plan)
+    for left in folder.glob(".*.tmp"):  # by makers that were killed
+        left.unlink(missing_ok=True)
     if isinstance(form, forms.Hidden) and not (folder / cache.HEADS).exists():
         biases = {} if heads.biases is None else {"biases": heads.biases.cpu().contiguous()}
         _write(folder / cache.HEADS, [save({"matrix": heads.matrix.cpu().contiguous(), **biases})])
@@ -185,7 +196,7 @@ def _part(blobs: list[bytes]) -> Iterator[bytes]:
 
 def _write(path: Path, pieces: Any) -> None:
     """A file that is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         for piece in pieces:
             file.write(piece)

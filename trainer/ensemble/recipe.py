@@ -174,8 +174,17 @@ def begun(folder: Path) -> Recipe:
     Raises:
         RunError: as `read`.
     """
-    work = partial(folder) / FILE
-    return read(work if work.exists() else folder / "table.json")
+    try:
+        return read(partial(folder) / FILE)
+    except RunError:
+        if not (folder / "table.json").exists():
+            raise
+        return read(folder / "table.json")
+
+
+def lock_of(folder: Path) -> Path:
+    """What the process holds that makes a table, beside the folder, which gets its name by a rename."""
+    return folder.parent / f".{folder.name}.lock"
 
 
 def statistics(folder: Path) -> dict[str, Any]:
@@ -209,7 +218,7 @@ def begin(folder: Path, wanted: Recipe) -> bool:
     """
     work = partial(folder)
     try:
-        with turn(folder, lambda: print(f"waiting for another process that makes {folder}", file=sys.stderr)):
+        with turn(lock_of(folder), str(folder), lambda text: print(text, file=sys.stderr)):
             if finished(folder, wanted):
                 return False
             if (work / FILE).exists():

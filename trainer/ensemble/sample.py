@@ -46,8 +46,8 @@ def sample(folder: Path, runs: Path, overrides: list[str]) -> dict[str, Any]:
     first = runs / made.members[0].run
     config = runfolder.open_run(first, overrides)
     device = distributed.start(config.resources)
-    with distributed.turn(folder, Progress(distributed.rank() == 0, 0).say):
-        if distributed.on_rank_zero(folder.exists):  # who was waited for has finished it
+    with distributed.turn(recipe.lock_of(folder), str(folder), Progress(distributed.rank() == 0, 0).say):
+        if distributed.on_rank_zero(lambda: recipe.finished(folder, made)):  # by another process meanwhile
             return recipe.statistics(folder)
         checkpoints = distributed.on_rank_zero(lambda: manifest.open_members(runs, _ensemble(made)))
         opened = setup.open_data(config, first, Progress(False, 0))
