@@ -126,3 +126,24 @@ def test_a_graph_of_two_runs_at_once_and_what_comes_after_them(place) -> None:
     assert compared["first_difference"]["step"] == 1
     code, text = orthogon("pipeline", str(place / "graph.yaml"))
     assert text.splitlines() == ["one: done before", "two: done before", "compare: done before"]
+
+
+KILLED = """
+import os
+from launch import cli, handles
+handles.write_json = lambda path, value: os._exit(9)
+cli.main()
+"""
+
+
+def test_a_submit_that_is_killed_before_it_wrote_the_handle_has_started_one_run(place) -> None:
+    runs, folder = f"--runs={place}/runs", place / "runs/early"
+    line = [sys.executable, "-c", KILLED, "submit", str(place / "run.yaml"), "--name=early", "--train.length=100000 steps"]
+    assert subprocess.run(line, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, timeout=60).returncode == 9
+    wait_for(lambda: handles.read(folder) is not None, 60)  # its supervisor says that it is there
+    assert standing.read(folder).alive
+    code, text = orthogon("resume", "early", runs, "--on", "torchrun")
+    assert (code, "is running already on torchrun" in text or "is starting already" in text) == (78, True), text
+    code, text = orthogon("cancel", "early", runs, "--now")
+    assert code == 0, text
+    assert not standing.read(folder).alive
