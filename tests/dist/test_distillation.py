@@ -125,7 +125,11 @@ def test_a_cache_has_the_same_bytes_from_any_number_of_ranks_and_goes_on_after_a
         contents = [files(tiny.place / f"{name}-{world}") for world in (1, 3)]
         assert contents[0] == contents[1]
     assert contents[0] != files(Path(hidden)) == files(tiny.place / "hidden-1")
+    left = tiny.place / "offloaded/offloaded/0/0/index.json"  # of another teacher, whose start was refused
+    left.parent.mkdir(parents=True)
+    left.write_text("{}")
     cached(group, tiny, "offloaded", 1, HIDDEN, "", "disk")
+    assert not left.parent.exists()
     assert files(tiny.place / "offloaded") == files(Path(hidden))
     with pytest.raises(RankFailed, match="died"):
         cached(group, tiny, "killed", 2, HIDDEN, "kill@cache.part rank=1 step=5")
