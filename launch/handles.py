@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,12 @@ def start(
 
 def withdraw(folder: Path) -> None:
     """Remove a run that was made to be started and that its backend refused; not one that somebody else has taken meanwhile."""
-    with suppress(RunError), _alone(folder):
+    with ExitStack() as held:
+        try:
+            held.enter_context(_alone(folder))
+        except RunError as error:
+            if error.outcome is not Outcome.NO_SPACE:  # else nobody else could take it either
+                return
         if read(folder) is None and not evidence.attempts(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -103,7 +108,8 @@ def check_free(folder: Path, me: dict[str, Any] | None = None) -> None:
     """
     lock.check_free(folder)
     handle, (word, detail) = states([(folder, read(folder))])[0]
-    mine = me is not None and (_queued() or _is(handle, me))
+    inside = _queued() and handle is not None and handle["backend"] != "torchrun"
+    mine = me is not None and (inside or _is(handle, me))
     if handle is not None and word in ("pending", "running") and not mine:
         raise RunError(
             f"run {folder.name} is {word} already on {handle['backend']}: {detail}",

@@ -194,6 +194,9 @@ def give(driver: Driver, node: Node, after: list[str]) -> None:
     except RunError as error:
         if fresh and error.outcome is not Outcome.INFRASTRUCTURE:
             handles.withdraw(config.folder)
+        elif not fresh and standing.read(config.folder).alive:  # what a killed driver had started has told so just now
+            driver.say(f"{node.name}: goes on already")
+            return
         raise
     ledger.remember(config.folder)
     waits = f", after {', '.join(after)}" if after else ""

@@ -164,7 +164,9 @@ def copy_folder(source: Path, target: Path) -> None:
     """Copy a folder of files that is not there yet, whole or not at all."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
+    partial.mkdir()
+    for path in source.iterdir():  # copytree by itself would not say which error stopped it
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, partial / path.name)
     give_name(partial, target)
 
 

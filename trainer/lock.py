@@ -29,7 +29,7 @@ from trainer.outcome import Outcome, RunError
 FILE = "lock"
 FRESH = 120.0
 """Seconds since the last touch within which an owner on another host counts as alive, where there are no locks."""
-_POLL = 0.1
+_POLL, _TURN_POLL = 0.1, 0.5
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _BUSY = (errno.EACCES, errno.EAGAIN)
 _FLOCK = "hhqqi4x"  # struct flock of Linux: type, whence, start, length, pid
@@ -131,7 +131,7 @@ def turn(file: Path, what: str, say: Callable[[str], None], check: Callable[[], 
 
     Args:
         file: the lock. It stays: whoever waits for a file that was removed waits for nothing.
-        check: called while waiting, several times a second; may raise.
+        check: called while waiting, every half second; may raise.
 
     Raises:
         OSError: the file cannot be made.
@@ -145,7 +145,7 @@ def turn(file: Path, what: str, say: Callable[[str], None], check: Callable[[], 
                 say(f"waiting for {held.read().decode() or 'another process'}, which makes {what}")
             waiting = True
             check()
-            time.sleep(_POLL)
+            time.sleep(_TURN_POLL)
         with suppress(OSError):  # who it is matters less than that it goes on
             os.ftruncate(held.fileno(), 0)
             held.write(f"pid {os.getpid()} on host {socket.gethostname()}".encode())
@@ -156,11 +156,8 @@ def taken(file: IO[Any]) -> bool:
     """Try to take the lock of an open file until it is closed: whether it is this process's now, or there are no locks here."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+        return error.errno not in _BUSY
     return True
 
 

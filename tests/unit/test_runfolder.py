@@ -112,18 +112,17 @@ def test_a_run_that_is_removed_while_it_is_looked_at_stands_as_one_without_steps
 def test_a_tokenizer_is_in_a_run_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
     (tmp_path / "table/tokenizer").mkdir(parents=True)
     (tmp_path / "table/tokenizer/tokenizer.json").write_text("{}")
-    folder, copy = runfolder.create(load(tmp_path), []), shutil.copytree
+    folder, copy = runfolder.create(load(tmp_path), []), shutil.copyfile
 
     def dies(source: Path, target: Path) -> None:
-        copy(source, target)
-        (target / "tokenizer.json").write_text("{")
+        target.write_text("{")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "copytree", dies)
+    monkeypatch.setattr(shutil, "copyfile", dies)
     with pytest.raises(KeyboardInterrupt):
         setup.keep_tokenizer(tmp_path / "table", folder)
     assert not (folder / "tokenizer").exists()
-    monkeypatch.setattr(shutil, "copytree", copy)
+    monkeypatch.setattr(shutil, "copyfile", copy)
     setup.keep_tokenizer(tmp_path / "table", folder)
     assert (folder / "tokenizer/tokenizer.json").read_text() == "{}"
     assert not (folder / "tokenizer.partial").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -155,7 +157,7 @@ def test_a_supervisor_whose_driver_was_killed_before_it_wrote_the_handle_writes_
         other.wait()
 
 
-def test_a_run_that_its_backend_refused_is_withdrawn_unless_somebody_has_taken_it(tmp_path) -> None:
+def test_a_run_that_its_backend_refused_is_withdrawn_unless_somebody_has_taken_it(tmp_path, monkeypatch) -> None:
     folder = made(tmp_path)
     with open(folder / handles.LOCK, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -171,6 +173,29 @@ def test_a_run_that_its_backend_refused_is_withdrawn_unless_somebody_has_taken_i
     (folder / "logs/1").rmdir()
     handles.withdraw(folder)
     assert not folder.exists()
+    folder = made(tmp_path / "full")
+
+    def full(*_given: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(handles, "open", full, raising=False)
+    handles.withdraw(folder)
+    assert not folder.exists(), "nobody else could take it either"
+
+
+def test_in_a_job_of_a_queue_a_run_of_a_supervisor_on_this_machine_is_taken(tmp_path, monkeypatch) -> None:
+    for name in handles.INSIDE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    folder = made(tmp_path)
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        (folder / handles.FILE).write_text(json.dumps({"backend": "torchrun", **handles.identity(other.pid)}))
+        with pytest.raises(RunError, match="is running already on torchrun"):
+            handles.check_free(folder, handles.identity())
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_a_supervisor_leaves_its_handle_and_its_last_word_also_where_it_fails(tmp_path, monkeypatch) -> None:

@@ -49,7 +49,9 @@ def write(model: Any, run: Path, target: Path, records: dict[str, Any] | None = 
     """
     with ExitStack() as held:
         with suppress(OSError):  # who may not write into the run does not export it beside others
-            held.enter_context(turn(run / "export" / "lock", str(target), lambda text: print(text, file=sys.stderr)))
+            held.enter_context(
+                turn(run / "export" / "lock", f"an export of {run.name}", lambda text: print(text, file=sys.stderr))
+            )
         refuse_existing(target)
         return _write(model, run, target, records or {})
 

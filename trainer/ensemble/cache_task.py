@@ -82,15 +82,24 @@ def make(
     def made() -> dict[str, Any]:
         return _make(teacher, config, form, folder, offload, scratch, device, shown)
 
-    if distributed.on_rank_zero((folder / cache.FILE).exists):  # nothing is written, so the disk may be read-only
-        return made()
+    if offload != "disk" and distributed.on_rank_zero(lambda: _is_whole(folder)):
+        return made()  # writes nothing: the disk may be read-only
     with distributed.turn(folder / "lock", str(folder), shown.say):
         # weights that another teacher left there would be taken for this one's
         distributed.on_rank_zero(lambda: shutil.rmtree(folder / "offloaded", ignore_errors=True))
         try:
             return made()
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if distributed.rank() == 0:  # who holds the lock
+                shutil.rmtree(folder / "offloaded", ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache is finished, with all of its files."""
+    try:
+        return all((folder / name).exists() for name in read_json(folder / cache.FILE)["cache"]["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _make(
