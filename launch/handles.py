@@ -129,15 +129,13 @@ def supervised(folder: Path, options: dict[str, Any], work: Callable[[], int]) -
     """
     me = identity()
     if not _queued():
-        submitted = bool(os.environ.get(SUBMITTED))
-        with _alone(
-            folder, PATIENCE_SECONDS if submitted else 0.0
-        ):  # until who started this one has written its handle
+        submitted = bool(os.environ.get(SUBMITTED))  # then who did so holds the lock until it has written the handle,
+        with _alone(folder, PATIENCE_SECONDS if submitted else 0.0):
             check_free(folder, me)
-            if not submitted or not _is(read(folder), me):  # who started this one may have been killed before that
-                kind = {} if submitted else {"foreground": True}
+            if not submitted or not _is(read(folder), me):  # unless it was killed before
+                mine = (options, me) if submitted else ({}, me | {"foreground": True})
                 with suppress(OSError):  # the run matters more
-                    write_json(folder / FILE, _record(folder, "torchrun", options if submitted else {}, me | kind))
+                    write_json(folder / FILE, _record(folder, "torchrun", *mine))
     code, message = Outcome.BUG.code, "it broke"
     try:
         code = work()

@@ -125,6 +125,11 @@ class Lock:
             os.close(file)
 
 
+def beside(folder: Path) -> Path:
+    """The lock for `turn` of a folder that gets its name by a rename."""
+    return folder.parent / f".{folder.name}.lock"
+
+
 @contextmanager
 def turn(file: Path, what: str, say: Callable[[str], None], check: Callable[[], None] = lambda: None) -> Iterator[None]:
     """One process at a time makes `what`; the others wait, where there are locks, and say once for whom.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,13 @@ from unittest import mock
 
 import torch
 
-from trainer import runfolder
+from trainer import config as configuration
+from trainer import runfolder, setup
 from trainer.ensemble import manifest, parts, sample
 from trainer.ensemble.task import evaluate as evaluated_ensemble
 from trainer.evaluate.choices import Row, log_likelihoods
 from trainer.evaluate.task import evaluate as evaluated
+from trainer.metrics.progress import Progress
 from trainer.outcome import RunError
 
 
@@ -70,3 +73,14 @@ def sample_text(folder: str, runs: str, overrides: list[str], part_tokens: int) 
         return answer | {"decoded": decode.call_count}
     except RunError as error:
         return {"error": str(error)}
+
+
+def open_until_asked(path: str, overrides: list[str], folder: str) -> dict[str, Any]:
+    """Open the data of a configuration; a second later SIGTERM has come. The error as its text and outcome."""
+    began = time.monotonic()
+    try:
+        config = configuration.load(Path(path), overrides)
+        setup.open_data(config, Path(folder), Progress(False, 0), lambda: "SIGTERM" if time.monotonic() > began + 1 else "")
+        return {}
+    except RunError as error:
+        return {"error": str(error), "outcome": error.outcome.value}

@@ -16,10 +16,13 @@ from launch.cli import dispatch
 from tests.dist import bodies_run, bodies_strategies, bodies_tools
 from tests.dist.strategies import NO_COMPILER
 from tests.dist.test_cli import finished
+from trainer import config as configuration
 from trainer import lock
 from trainer.checkpoint import manifest as manifests
 from trainer.checkpoint.average import average_checkpoints, weights_of
 from trainer.checkpoint.export import export_of, exported_model, loaded_model, restored_model
+from trainer.config_data import sources_of
+from trainer.data.prepare import _folder
 from trainer.evaluate.choices import read_questions, row
 from trainer.evaluate.sampling import Sampling
 from trainer.evaluate.text import encode, generate, load_tokenizer
@@ -292,6 +295,16 @@ def test_a_cooldown_branches_from_the_stable_phase(group, tiny, capsys) -> None:
     result = group(2, bodies_run.train, tiny.yaml, ["--name=cool", "--train.length=14 steps", f"--schedule.decay={4 / 14}"])[0]
     rates = [r["learning_rate_factor"] for r in result["history"] if "loss" in r]
     assert rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+def test_a_run_that_waits_for_the_data_of_another_answers_signals(group, tiny) -> None:
+    overrides = [f"--data.folder={tiny.place}/elsewhere"]
+    config = configuration.load(Path(tiny.yaml), overrides)
+    (source,) = sources_of(config.data).items()
+    with lock.turn(lock.beside(_folder(*source, config.data)), "it", print):
+        (found,) = group(1, bodies_tools.open_until_asked, tiny.yaml, overrides, str(tiny.place))
+    assert found["outcome"] == "preempted"
+    assert "SIGTERM came while data was prepared" in found["error"]
 
 
 def test_an_export_that_another_process_makes_is_waited_for(tiny) -> None:

@@ -18,7 +18,7 @@ from trainer.data.make import FORMAT, Recipe, divided, make_table
 from trainer.data.table import facts_of
 from trainer.data.tokenizer import given_digest, load_tokenizer, train_bpe
 from trainer.files import digest, fsync_folder, give_name, read_json, write_json
-from trainer.lock import turn
+from trainer.lock import beside, turn
 from trainer.outcome import Outcome, RunError
 
 # What the documents of a source, and their split, depend on; of the test split only where there is one.
@@ -158,7 +158,7 @@ def _alone(folder: Path, say: Callable[[str], None], check: Callable[[], None]) 
     """Only one process makes what `folder` is to hold; a full disk is a sentence."""
     with ExitStack() as held:
         try:
-            held.enter_context(turn(folder.parent / f".{folder.name}.lock", folder.name, say, check))
+            held.enter_context(turn(beside(folder), folder.name, say, check))
         except OSError as error:
             raise RunError(
                 f"the data folder cannot be written: {error.strerror}", where=str(folder.parent), mend="set data.folder"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from trainer.outcome import Outcome, RunError
 
 PART_BYTES = 2**25
 """Of a part, about."""
+OFFLOADED = "offloaded"
+"""Where weights on disk lie meanwhile, a folder per rank."""
 ROWS = 8
 """Sequences of a batch, where the configuration says `auto`."""
 
@@ -77,21 +80,22 @@ def make(
     """
     device = distributed.start(config.resources)
     shown = Progress(distributed.rank() == 0, 0)
-    scratch = folder / "offloaded" / str(distributed.rank())
+    # A finished one is not written to: its disk may be read-only.
+    whole = offload != "disk" and distributed.on_rank_zero(lambda: _is_whole(folder))
+    with nullcontext() if whole else _turn(folder, shown):
+        return _make(teacher, config, form, folder, offload, device, shown)
 
-    def made() -> dict[str, Any]:
-        return _make(teacher, config, form, folder, offload, scratch, device, shown)
 
-    if offload != "disk" and distributed.on_rank_zero(lambda: _is_whole(folder)):
-        return made()  # writes nothing: the disk may be read-only
+@contextmanager
+def _turn(folder: Path, shown: Progress) -> Iterator[None]:
+    """Only these ranks make the cache, and find no offloaded weights: another teacher's would be taken for theirs."""
     with distributed.turn(folder / "lock", str(folder), shown.say):
-        # weights that another teacher left there would be taken for this one's
-        distributed.on_rank_zero(lambda: shutil.rmtree(folder / "offloaded", ignore_errors=True))
+        distributed.on_rank_zero(lambda: shutil.rmtree(folder / OFFLOADED, ignore_errors=True))
         try:
-            return made()
+            yield
         finally:
             if distributed.rank() == 0:  # who holds the lock
-                shutil.rmtree(folder / "offloaded", ignore_errors=True)
+                shutil.rmtree(folder / OFFLOADED, ignore_errors=True)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -103,7 +107,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _make(
-    teacher: str, config: RunConfig, form: forms.Form, folder: Path, offload: str | None, scratch: Path,
+    teacher: str, config: RunConfig, form: forms.Form, folder: Path, offload: str | None,
     device: torch.device, shown: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     shown.stage("reading the data")
@@ -117,7 +121,7 @@ def _make(
     precision = config.train.precision
     members = Members(
         Path(config.runs), ensemble, precision, device, sharded=distributed.world() > 1 and offload is None,
-        offload=offload, scratch=scratch,
+        offload=offload, scratch=folder / OFFLOADED / str(distributed.rank()),
     )  # fmt: skip
     heads = members.heads()
     size = _row_bytes(form, heads, config.data.sequence_length)

@@ -16,7 +16,7 @@ from trainer.checkpoint import manifest as manifests
 from trainer.ensemble import manifest
 from trainer.ensemble.manifest import Ensemble, Member
 from trainer.files import digest, read_json, write_json
-from trainer.lock import turn
+from trainer.lock import beside, turn
 from trainer.outcome import Outcome, RunError
 
 FORMAT = 1
@@ -182,11 +182,6 @@ def begun(folder: Path) -> Recipe:
         return read(folder / "table.json")
 
 
-def lock_of(folder: Path) -> Path:
-    """What the process holds that makes a table, beside the folder, which gets its name by a rename."""
-    return folder.parent / f".{folder.name}.lock"
-
-
 def statistics(folder: Path) -> dict[str, Any]:
     """What a finished table says of itself: its folder, and figures of its text."""
     found: dict[str, Any] = read_json(folder / "table.json")["synthetic"]["statistics"]
@@ -218,7 +213,7 @@ def begin(folder: Path, wanted: Recipe) -> bool:
     """
     work = partial(folder)
     try:
-        with turn(lock_of(folder), str(folder), lambda text: print(text, file=sys.stderr)):
+        with turn(beside(folder), str(folder), lambda text: print(text, file=sys.stderr)):
             if finished(folder, wanted):
                 return False
             if (work / FILE).exists():

@@ -26,6 +26,7 @@ from trainer.ensemble.streams import decode
 from trainer.ensemble.synthetic_table import assemble
 from trainer.evaluate.sampling import Sampling
 from trainer.files import fsync_file, sha256_file, write_json
+from trainer.lock import beside
 from trainer.metrics.progress import Progress
 
 
@@ -46,7 +47,7 @@ def sample(folder: Path, runs: Path, overrides: list[str]) -> dict[str, Any]:
     first = runs / made.members[0].run
     config = runfolder.open_run(first, overrides)
     device = distributed.start(config.resources)
-    with distributed.turn(recipe.lock_of(folder), str(folder), Progress(distributed.rank() == 0, 0).say):
+    with distributed.turn(beside(folder), str(folder), Progress(distributed.rank() == 0, 0).say):
         if distributed.on_rank_zero(lambda: recipe.finished(folder, made)):  # by another process meanwhile
             return recipe.statistics(folder)
         checkpoints = distributed.on_rank_zero(lambda: manifest.open_members(runs, _ensemble(made)))

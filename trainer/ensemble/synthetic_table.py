@@ -43,9 +43,8 @@ def assemble(folder: Path, made: Recipe, opened: data.Data, tokenizer: Path) -> 
             f"the table cannot be given its name: {error.strerror}", where=str(folder), mend="remove what is there",
             outcome=Outcome.of_errno(error.errno),
         ) from None  # fmt: skip
-    (folder / recipe.FILE).unlink(
-        missing_ok=True
-    )  # last: there is a recipe in one place or the other whenever one looks
+    # Last: whenever one looks, there is a recipe in one place or the other.
+    (folder / recipe.FILE).unlink(missing_ok=True)
     fsync_folder(folder.parent)
 
 
